@@ -1,0 +1,317 @@
+"""The command line: parse, call one function, print. Nothing slow is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from instructrec_jax import __version__
+from instructrec_jax.errors import UserError, did_you_mean
+
+OVERRIDES = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+_OVERRIDES_HELP = "Any setting can be changed with a dotted option, e.g. --train.steps 400 --mesh.fsdp 8."
+
+
+class Commands(click.Group):
+    """A group that suggests the nearest command for a misspelt one."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """As click, with a suggestion."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            error.message += did_you_mean(args[0], self.list_commands(ctx))
+            raise
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="instructrec")
+def cli() -> None:
+    """Recommendation as instruction tuning of a language model, on JAX.
+
+    \b
+    instructrec doctor                                  what is installed, and what to fix
+    instructrec data prepare configs/ml_latest_small.yaml
+    instructrec train        configs/ml_latest_small.yaml --train.steps 400
+    instructrec evaluate     RUN_DIR --protocol full
+    instructrec recommend    RUN_DIR --user 42 --wish "a slow, sad film" -k 10
+    instructrec report       RUN_DIR
+    """
+
+
+@cli.group(cls=Commands)
+def data() -> None:
+    """Prepare logs and a catalogue for training."""
+
+
+@data.command("prepare", context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
+@click.argument("config", type=click.Path())
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def data_prepare(config: str, overrides: tuple[str, ...]) -> None:
+    """Read, check, clean and split the data of CONFIG, and write its instructions."""
+    from instructrec_jax import config as configs
+    from instructrec_jax import prepare
+
+    settings = configs.load(config, overrides)
+    begun = time.perf_counter()
+    click.echo(f"{settings.name}: {settings.data.source} {settings.data.path}")
+    prepared = prepare.prepare(settings, click.echo, progress)
+    click.echo(f"prepared in {time.perf_counter() - begun:.1f} s: {prepared.folder}")
+    print_statistics(prepared.manifest["statistics"])
+
+
+@cli.command(context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
+@click.argument("config", type=click.Path())
+@click.option(
+    "--run", "run_dir", type=click.Path(), help="Run folder. [default: RUNS/NAME-HASH, the same for the same settings]"
+)
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def train(config: str, run_dir: str | None, overrides: tuple[str, ...]) -> None:
+    """Train CONFIG on its prepared data. The same command resumes a run that was stopped or killed."""
+    from instructrec_jax import config as configs
+    from instructrec_jax import run
+
+    settings = configs.load(config, overrides)
+    folder = Path(run_dir) if run_dir else configs.run_dir(settings)
+    configs.check_same_run(settings, folder)
+    click.echo(f"run: {folder}")
+    finished = run.train_run(settings, folder, click.echo)
+    if finished.best_step is not None and finished.best:
+        click.echo(f"best step {finished.best_step}: " + ", ".join(f"{k} {v:.4f}" for k, v in finished.best.items()))
+    if finished.stopped:
+        sys.exit(143)
+    click.echo(f"next: instructrec evaluate {folder}")
+
+
+@cli.command(context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
+@click.argument("run_dir", type=click.Path(), required=False)
+@click.option(
+    "--auto",
+    "auto_dir",
+    type=click.Path(),
+    help="Folder with interactions and items: prepare, train and evaluate in one go.",
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(["full", "1+9", "1+99"]),
+    help="Full ranking, or frozen sampled candidates. [default: full]",
+)
+@click.option("--split", type=click.Choice(["test", "valid"]), default="test", show_default=True)
+@click.option(
+    "--recommendations",
+    type=click.Path(),
+    help="Evaluate a file (user_id, item_id, score) on RUN_DIR's data instead of its model.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def evaluate(
+    run_dir: str | None,
+    auto_dir: str | None,
+    protocol: str | None,
+    split: str,
+    recommendations: str | None,
+    as_json: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Measure a run beside popularity, item-KNN, EASE and BM25, with 95 % intervals."""
+    from instructrec_jax.data.schema import SPLIT_NAMES
+    from instructrec_jax.evaluate import evaluate as evaluate_run
+    from instructrec_jax.evaluate import summary_json
+
+    if auto_dir is not None and run_dir is not None and run_dir.startswith("--"):
+        run_dir, overrides = None, (run_dir, *overrides)  # the first override took RUN_DIR's place
+    if (run_dir is None) == (auto_dir is None):
+        raise UserError("give either a RUN_DIR or --auto DIR")
+    if auto_dir is not None:
+        from instructrec_jax.auto import auto_run
+
+        run_dir, overrides = str(auto_run(Path(auto_dir), overrides, click.echo)), ()
+    assert run_dir is not None
+    if recommendations:
+        from instructrec_jax.evaluate import evaluate_file
+
+        result = evaluate_file(run_dir, recommendations, split=SPLIT_NAMES.index(split))
+        print_result(result.to_json())
+        if as_json:
+            click.echo(json.dumps(result.means()))
+        return
+    extra = ("--evaluate.protocol", protocol) if protocol else ()
+    payload = evaluate_run(run_dir, (*overrides, *extra), split=SPLIT_NAMES.index(split), say=click.echo)
+    for part in ("next_item", "search", "likelihood"):
+        if payload[part]:
+            print_result(payload[part])
+    if as_json:
+        click.echo(json.dumps(summary_json(payload)))
+
+
+@cli.command()
+@click.argument("run_dir", type=click.Path())
+@click.option("--user", help="User id of the data. Without it: a new user with no history.")
+@click.option(
+    "--item", "items", multiple=True, help="An item that a new user liked, by id or exact title; repeat, newest last."
+)
+@click.option("--wish", help="What is wanted, in words.")
+@click.option("--preference", help="The user's taste, in words.")
+@click.option(
+    "--language", type=click.Choice(["en", "zh"]), help="Language of the instruction. [default: the run's first]"
+)
+@click.option("-k", "count", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def recommend(
+    run_dir: str,
+    user: str | None,
+    items: tuple[str, ...],
+    wish: str | None,
+    preference: str | None,
+    language: str | None,
+    count: int,
+    as_json: bool,
+) -> None:
+    """Recommend for a user, known or new, with or without a wish."""
+    from instructrec_jax.recommend import recommend as recommend_for
+
+    answer = recommend_for(
+        run_dir, user=user, items=items, wish=wish, preference=preference, language=language, count=count
+    )
+    if as_json:
+        click.echo(json.dumps(answer, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    who = f"user {user}" if user else "a new user"
+    console.print(
+        f"[bold]{who}[/bold]"
+        + (f", wish: {wish!r}" if wish else "")
+        + (f", taste: {preference!r}" if preference else "")
+    )
+    if answer["history"]:
+        console.print("last seen: " + "; ".join(answer["history"][-5:]), markup=False)
+    table = Table("", "title", "score", "item_id")
+    for place, row in enumerate(answer["items"], start=1):
+        about = f"  [dim]{', '.join(row['about'])}[/dim]" if row["about"] else ""
+        table.add_row(str(place), _escape(row["title"]) + about, f"{row['score']:.2f}", row["item_id"])
+    console.print(table)
+
+
+@cli.command()
+@click.argument("run_dir", type=click.Path())
+def report(run_dir: str) -> None:
+    """Write one self-contained HTML file about a run: curves, tables, pictures, users."""
+    from instructrec_jax.evaluation.report import write_report
+
+    click.echo(f"report: {write_report(Path(run_dir)).resolve()}")
+
+
+@cli.command()
+@click.argument("config", type=click.Path(), required=False)
+def doctor(config: str | None) -> None:
+    """Check versions, devices, mesh, memory, cache folders and data paths; say what to fix."""
+    from instructrec_jax.doctor import examine
+
+    problems = examine(config, click.echo)
+    if problems:
+        sys.exit(1)
+
+
+def progress(label: str, expected: int, items: Iterator) -> Iterator:
+    """Pass items on; a progress bar with ETA on a terminal, a line every ten seconds elsewhere."""
+    if sys.stderr.isatty():
+        from rich.progress import track
+
+        yield from track(items, description=label, total=expected, transient=True)
+        return
+    begun = said = time.monotonic()
+    for number, item in enumerate(items, start=1):
+        if (now := time.monotonic()) - said > 10:
+            said = now
+            left = (now - begun) / number * max(expected - number, 0)
+            click.echo(f"{label}: {number:,} of about {expected:,}, {left:.0f} s left")
+        yield item
+
+
+def print_statistics(statistics: dict[str, Any]) -> None:
+    """The data's numbers as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    length = statistics["history_length"]
+    table = Table("data", "", title=None)
+    for name, value in (
+        ("users", f"{statistics['users']:,}"),
+        ("items", f"{statistics['items']:,} ({statistics['cold_items']:,} unseen in training)"),
+        ("interactions", f"{statistics['interactions']:,} (density {100 * statistics['density']:.2f} %)"),
+        ("events", ", ".join(f"{k} {v:,}" for k, v in statistics["events"].items())),
+        ("history length", f"median {length['median']:.0f}, mean {length['mean']:.1f}, longest {length['max']:.0f}"),
+        ("tied last timestamp", "no timestamps" if statistics["tied_last_timestamp"] is None
+         else f"{100 * statistics['tied_last_timestamp']:.0f} % of the users"),
+        ("popularity Gini", f"{statistics['popularity_gini']:.2f}"),
+    ):  # fmt: skip
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def print_result(tree: dict[str, Any]) -> None:
+    """One evaluation table: systems by metrics, means with 95 % intervals, and the paired test."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = [n for n in ("ndcg@10", "hr@10", "mrr@10") if any(n in r["metrics"] for r in tree["rows"])]
+    names = names or ["hr@1", "hr@3", "hr@5", "ndcg@5"]
+    table = Table(
+        title=f"{tree['data']}, {tree['split']}: {tree['protocol']} ({tree['cases']:,} cases)", title_justify="left"
+    )
+    table.add_column("system", min_width=12)
+    for name in names:
+        table.add_column(name, justify="right")
+    best = {
+        n: max((r["metrics"][n]["mean"] or 0.0 for r in tree["rows"] if n in r["metrics"]), default=0.0) for n in names
+    }
+    for row in tree["rows"]:
+        cells = []
+        for name in names:
+            e = row["metrics"].get(name)
+            if e is None or e["mean"] is None:
+                cells.append("")
+                continue
+            interval = "" if e["low"] is None else f" [dim]{e['low']:.3f}–{e['high']:.3f}[/dim]"
+            cells.append(
+                (f"[bold]{e['mean']:.4f}[/bold]" if e["mean"] == best[name] else f"{e['mean']:.4f}") + interval
+            )
+        table.add_row(row["name"] if row["baseline"] else f"[bold]{row['name']}[/bold]", *cells)
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(table)
+    for c in tree["comparisons"]:
+        if c["metric"] == names[0]:
+            console.print(
+                f"{c['name']} − {c['baseline']}: {c['difference']:+.4f} {c['metric']}"
+                + ("" if c["low"] is None else f" (95 % {c['low']:+.4f} to {c['high']:+.4f})")
+                + f", paired p = {c['p']:.3f}",
+                highlight=False,
+            )
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def main() -> None:
+    """Entry point: user errors are printed without a traceback and exit with status 2."""
+    try:
+        cli(standalone_mode=True)
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,388 @@
+"""Run configuration: frozen dataclasses, a YAML preset, dotted overrides. The resolved config travels with every run.
+
+Precedence: dataclass default < YAML file < ``--section.key value`` on the command line. A key that does not exist is an error
+that names the nearest one. This module imports neither JAX nor anything slow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from instructrec_jax.errors import ConfigError, did_you_mean
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class CleanConfig:
+    """What is dropped before anything else happens. Every rule reports its counts before and after."""
+
+    duplicates: Literal["keep", "first", "last"] = "last"  # repeated (user, item) pairs; "keep" = repeats are events
+    min_rating: float | None = None  # drop interactions rated below; None keeps all
+    k_core: int = 5  # repeat until every user and item has this many interactions; 0 = off
+    min_user_events: int = 3  # users with fewer events are dropped and counted (leave-one-out needs 3)
+    html: bool = True  # strip HTML and unfold list-like text ("['a', 'b']") in item text columns
+    unknown_item: Literal["error", "drop", "title-less"] = "error"  # interaction with an item that items lack
+    bad_row: Literal["error", "drop"] = "error"  # unparsable row
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How events become train, valid and test. See ``data/splits.py`` for the exact rules."""
+
+    kind: Literal["leave-one-out", "last-n", "global-time"] = "leave-one-out"
+    n: int = 1  # last-n: this many test events per user, and as many valid events before them
+    valid_fraction: float = 0.1  # global-time: share of events (by time) for valid
+    test_fraction: float = 0.1  # global-time: share of events (by time) for test
+    tie: Literal["hash", "input"] = "hash"  # order of equal timestamps: keyed hash of (user, item), or row order
+    seed: int = 0  # key of the tie hash
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the logs and the catalogue are, and how they are cleaned and split."""
+
+    source: Literal["embedded", "tables", "recbole", "movielens"] = "embedded"
+    path: str = "ml-latest-small"  # embedded: data set name; otherwise a folder
+    interactions: str = ""  # tables: file names inside path; "" = look for interactions.{csv,csv.gz,parquet}
+    items: str = ""
+    users: str = ""  # optional
+    tags: str = ""  # optional: users' own words (user_id, item_id, tag[, timestamp])
+    columns: dict[str, str] = field(default_factory=dict)  # our column name -> the file's column name
+    list_columns: tuple[str, ...] = ("genres", "categories")  # text columns that hold lists
+    list_separator: str = "|"
+    clean: CleanConfig = CleanConfig()
+    split: SplitConfig = SplitConfig()
+    domain: str = "films"  # noun pack of the templates: films, games, products, ...
+
+
+@dataclass(frozen=True)
+class InstructionConfig:
+    """Which instructions are written, and how many."""
+
+    languages: tuple[str, ...] = ("en",)
+    history_items: int = 64  # most items of a history in one prompt (the newest are kept)
+    short_history_items: int = (
+        16  # the same for prompts with one target (search, rerank, ...): they cost a row for one loss
+    )
+    repeat_targets: bool = True  # items in the overlap of two windows are targets in both, with two lengths of context
+    candidates: int = 10  # candidates of a T3 prompt, the target included
+    copies: int = 1  # renderings of every sequential window, each with another wording
+    # Weights of the task families relative to sequential = one window of history. 0 = none.
+    search: float = 1.0  # (P0|P1, I1|I2, T2): find the item from words
+    rerank: float = 0.25  # (P1|P2, I0, T3)
+    pointwise: float = 0.1  # (P1, I0, T0)
+    describe: float = 0.5  # (P1, I0, T2) answered in words: the title of the next item
+    profile: float = 0.1  # (P0|P2, I0, T2): no history, taste in words or nothing known
+    seed: int = 0
+    shard_records: int = 50_000
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Llama shape with item tokens. From 1 M to 70 B parameters by these numbers alone."""
+
+    width: int = 64  # D
+    layers: int = 2  # L
+    heads: int = 2  # N
+    kv_heads: int = 2  # K
+    head_size: int = 32  # H
+    mlp_width: int = 128  # F
+    vocab_size: int = 2048  # V, of the tokeniser that is trained on templates and catalogue
+    tied_head: bool = True
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    dropout: float = 0.3  # residual and attention dropout
+    item_dropout: float = 0.1  # chance that an input item token is replaced by the unknown-item token
+    item_id_embedding: bool = True  # learned part of the item vector beside the content projection
+    content_features: int = 128  # width of the text features (TF-IDF + truncated SVD); 0 = none
+    cooccurrence_features: int = 0  # width of collaborative features from the training split; 0 = none
+    scan_layers: bool = True
+    remat: Literal["none", "full", "dots"] = "none"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # compute; parameters are float32
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Device mesh. An axis of size 1 stays. -1 on one axis takes the remaining devices."""
+
+    replica: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation, logging and checkpoints. All lengths of time are in steps."""
+
+    steps: int = 1500
+    batch_size: int = 32  # B, packed rows per step over all devices
+    sequence_length: int = 128  # S, tokens per packed row
+    accumulate: int = 1  # micro-batches per step, combined by sums and weights
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+    final_lr_fraction: float = 0.05
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip_norm: float = 1.0
+    label_smoothing: float = 0.0  # over the catalogue, on the item loss
+    item_loss_weight: float = 1.0
+    text_loss_weight: float = 0.3
+    logits_chunk: int = 16  # sequence positions whose logits exist at one time
+    log_every: int = 25
+    eval_every: int = 150  # validation NDCG@10, full ranking; the best step is kept
+    eval_users: int = 2000  # at most this many validation users while training (a fixed sample)
+    checkpoint_every: int = 150
+    keep: int = 2  # latest checkpoints kept beside the best one
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What ``instructrec evaluate`` measures."""
+
+    protocol: Literal["full", "1+9", "1+99"] = "full"
+    cutoffs: tuple[int, ...] = (1, 3, 5, 10, 20)
+    negatives: Literal["uniform", "popularity"] = "uniform"
+    negatives_seed: int = 0
+    bootstrap: int = 2000  # resamples of users for the 95 % intervals
+    batch_size: int = 64
+    likelihood_users: int = 200  # users scored by the text likelihood too (slow); 0 = none
+    baselines: tuple[str, ...] = ("popularity", "itemknn", "ease", "ease_last10", "bm25")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run needs. ``configs/*.yaml`` hold presets."""
+
+    name: str = "ml-latest-small"
+    prepared: str = "prepared"  # folder of prepared data sets
+    runs: str = "runs"  # folder of runs
+    data: DataConfig = DataConfig()
+    instructions: InstructionConfig = InstructionConfig()
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def __post_init__(self) -> None:
+        # A name is one folder: "" or ".." would have commands replace the folder above.
+        if self.name in ("", ".", "..") or any(c in self.name for c in "/\\\0"):
+            raise ConfigError(
+                f"name = {self.name!r} cannot name a folder", remedy="use letters, digits, '-', '_' and '.'"
+            )
+
+    @property
+    def prepared_dir(self) -> Path:
+        """Where ``data prepare`` writes this config's data set."""
+        return Path(self.prepared) / self.name
+
+    def data_hash(self) -> str:
+        """Hash of everything that decides the content of the prepared data."""
+        model = {k: getattr(self.model, k) for k in ("vocab_size", "content_features", "cooccurrence_features")}
+        parts = [to_dict(self.data), to_dict(self.instructions), model]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def run_dir(config: Config) -> Path:
+    """The folder of a config's run: the same settings give the same folder, so the same command resumes."""
+    tree = {k: v for k, v in to_dict(config).items() if k not in ("runs", "prepared", "evaluate", "mesh")}
+    digest = hashlib.sha256(json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return Path(config.runs) / f"{config.name}-{digest[:8]}"
+
+
+def check_same_run(config: Config, folder: Path) -> None:
+    """Refuse to continue a run with settings that change what it learns.
+
+    Raises:
+        ConfigError: the folder holds a run of other data, instruction, model or training settings; the first ones are named.
+    """
+    if not (folder / "config.yaml").is_file():
+        return
+    sections = ("data", "instructions", "model", "train")
+    before, now = to_dict(load(folder / "config.yaml")), to_dict(config)
+    old, new = (_leaves({s: tree[s] for s in sections}) for tree in (before, now))
+    changed = [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in {**new, **old} if old.get(key) != new.get(key)]
+    if changed:
+        raise ConfigError(
+            f"{folder} is a run with other settings: {'; '.join(changed[:4])}",
+            remedy="give another --run folder, or remove this one",
+        )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+# ------------------------------------------------------------------------------------------------- loading and saving
+
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 reads "1e-3" as text
+
+
+def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML preset and apply ``("--train.steps", "400", "--train.seed=1", ...)``.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
+        raise ConfigError(f"no config file {path}{near}", remedy="see configs/ for presets")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds a {type(tree).__name__}, not a mapping of sections")
+    return from_dict(with_overrides(tree, overrides), where=str(path))
+
+
+def with_overrides(tree: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, Any]:
+    """The nested dictionary with dotted options applied (in place)."""
+    for key, value in parse_overrides(overrides).items():
+        _set_dotted(tree, key, value)
+    return tree
+
+
+def from_dict(tree: dict[str, Any], *, where: str = "config") -> Config:
+    """Build a ``Config`` from nested dictionaries, checking every key and type."""
+    return _build(Config, tree, where, "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as nested plain dictionaries; ``from_dict(to_dict(c)) == c``."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, tuple | list):
+            return [plain(v) for v in value]
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return value
+
+    return plain(config)
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def parse_overrides(words: typing.Sequence[str]) -> dict[str, Any]:
+    """``--a.b 3 --c.d=x`` as ``{"a.b": 3, "c.d": "x"}``; values are read as YAML scalars or lists, those of text fields as they are."""
+    out: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(f"unexpected argument {word!r}", remedy="overrides look like --train.steps 400")
+        key, eq, value = word[2:].partition("=")
+        if not eq:
+            if not rest:
+                raise ConfigError(f"--{key} has no value")
+            value = rest.pop(0)
+        out[key] = value if _kind(key) is str else _scalar(value)
+    return out
+
+
+def _kind(key: str) -> Any:
+    """Type of a dotted key, or None if there is no such key."""
+    kind: Any = Config
+    for part in key.split("."):
+        if dataclasses.is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(part)
+        else:
+            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
+    return kind
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        child = tree.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--{key}: {section!r} is a value, not a section")
+        tree = child
+    tree[last] = value
+
+
+def _build(cls: type, tree: Any, where: str, prefix: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'config'} must be a mapping, not {tree!r}")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key not in known:
+            raise ConfigError(
+                f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), known)}",
+                remedy=f"known keys: {', '.join(known)}",
+            )
+        values[key] = _convert(hints[key], value, where, f"{prefix}{key}")
+    return cls(**values)
+
+
+def _convert(kind: Any, value: Any, where: str, name: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, where, name + ".")
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in args:
+            near = did_you_mean(str(value), map(str, args))
+            raise ConfigError(f"{where}: {name} = {value!r}{near}", remedy=f"one of {', '.join(map(repr, args))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where, name)
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(args[0], v, where, f"{name}[{i}]") for i, v in enumerate(items))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: {name} must be a mapping, not {value!r}")
+        return {str(k): _convert(args[1], v, where, f"{name}.{k}") for k, v in value.items()}
+    if kind in (int, float) and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        value = float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {name} must be a finite number, not {value!r}")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise ConfigError(f"{where}: {name} must be {kind.__name__}, not {value!r} ({type(value).__name__})")
+    return value

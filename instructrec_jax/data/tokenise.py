@@ -1,0 +1,154 @@
+"""From an instruction example to the arrays that one packed row is made of.
+
+Every array has one entry per token; ``0`` in an index array means "none", so that padding is all zeros:
+
+    tokens          id of the word token, or of ``<item>`` / ``<feature>`` where a soft token stands
+    item            catalogue index + 1 of an item token
+    feature         feature index + 1 of a feature token, with its ``feature_value``
+    text_target     id of the word that this position must predict (answers only: the loss mask)
+    item_target     catalogue index + 1 of the item that this position must predict
+    task            1-based number of the task family, for the per-task loss
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from instructrec_jax.data.tokenizer import Text
+from instructrec_jax.errors import DataError
+from instructrec_jax.instructions.example import FEATURE_SLOT, ITEM_SLOT, InstructionExample
+
+FIELDS = {
+    "tokens": np.int32,
+    "item": np.int32,
+    "feature": np.int32,
+    "feature_value": np.float32,
+    "text_target": np.int32,
+    "item_target": np.int32,
+    "task": np.int32,
+}
+TASKS = ("sequential", "search", "rerank", "pointwise", "describe")
+
+
+def task_of(example: InstructionExample) -> str:
+    """The task family of an example, as named in the training log."""
+    if example.task == "T3":
+        return "rerank"
+    if example.task == "T0":
+        return "pointwise"
+    if example.answer:
+        return "describe"
+    return "search" if example.intention != "I0" else "sequential"
+
+
+def encode_part(text: Text, words: str, items: Sequence[int], features: Sequence, where: str) -> dict[str, np.ndarray]:
+    """Token arrays of a text with slots (no targets yet)."""
+    tokens: list[int] = []
+    item: list[int] = []
+    feature: list[int] = []
+    value: list[float] = []
+    used_items = used_features = 0
+    chunk_start = 0
+
+    def words_until(end: int) -> None:
+        if end > chunk_start:
+            ids = text.encode(words[chunk_start:end])
+            tokens.extend(ids)
+            item.extend([0] * len(ids))
+            feature.extend([0] * len(ids))
+            value.extend([0.0] * len(ids))
+
+    for at, char in enumerate(words):
+        if char not in (ITEM_SLOT, FEATURE_SLOT):
+            continue
+        words_until(at)
+        chunk_start = at + 1
+        if char == ITEM_SLOT:
+            if used_items >= len(items):
+                raise DataError(f"{where}: more item slots in the text than the {len(items)} items given")
+            tokens.append(text.item)
+            item.append(items[used_items] + 1)
+            feature.append(0)
+            value.append(0.0)
+            used_items += 1
+        else:
+            if used_features >= len(features):
+                raise DataError(f"{where}: more feature slots in the text than the {len(features)} features given")
+            tokens.append(text.feature)
+            item.append(0)
+            feature.append(features[used_features].index + 1)
+            value.append(features[used_features].value)
+            used_features += 1
+    words_until(len(words))
+    if used_items != len(items) or used_features != len(features):
+        raise DataError(
+            f"{where}: {len(items)} items and {len(features)} features, but slots for {used_items} and {used_features}"
+        )
+    return {
+        "tokens": np.asarray(tokens, np.int32),
+        "item": np.asarray(item, np.int32),
+        "feature": np.asarray(feature, np.int32),
+        "feature_value": np.asarray(value, np.float32),
+    }
+
+
+def encode_prompt(example: InstructionExample, text: Text) -> dict[str, np.ndarray]:
+    """``<bos>`` + prompt, without targets: what the scorer reads."""
+    part = encode_part(text, example.prompt, example.prompt_items, example.features, example.template)
+    head = {"tokens": text.bos, "item": 0, "feature": 0, "feature_value": 0}
+    return {k: np.concatenate([np.asarray([head[k]], v.dtype), v]) for k, v in part.items()}
+
+
+def encode_example(example: InstructionExample, text: Text) -> dict[str, np.ndarray]:
+    """All arrays of one training example, ``<bos>`` prompt answer ``<eos>``.
+
+    Loss is on answer words (and ``<eos>``), on the target item at the last prompt position and, for dense examples, on every
+    history item from ``dense_from`` at the position before it. An example without a text answer ends with its prompt.
+    """
+    arrays = encode_prompt(example, text)
+    prompt_length = len(arrays["tokens"])
+    if example.answer:
+        answer = encode_part(text, example.answer, example.answer_items, (), example.template)
+        eos = {"tokens": text.eos, "item": 0, "feature": 0, "feature_value": 0}
+        # The last position would predict nothing, so <eos> itself is a target but not an input.
+        arrays = {k: np.concatenate([v, answer[k]]) for k, v in arrays.items()}
+        following = np.append(arrays["tokens"][1:], eos["tokens"]).astype(np.int32)
+        text_target = np.where(np.arange(len(following)) >= prompt_length - 1, following, 0).astype(np.int32)
+        text_target[text_target == text.item] = 0  # soft tokens are predicted by the item head, not as words
+    else:
+        text_target = np.zeros(prompt_length, np.int32)
+
+    item_target = np.zeros(len(arrays["tokens"]), np.int32)
+    if example.dense:
+        slots = np.flatnonzero(arrays["item"][:prompt_length])[example.dense_from :]
+        item_target[slots - 1] = arrays["item"][slots]
+    if example.target >= 0:
+        item_target[prompt_length - 1] = example.target + 1
+    task = np.full(len(item_target), TASKS.index(task_of(example)) + 1, np.int32)
+    return {**arrays, "text_target": text_target, "item_target": item_target, "task": task}
+
+
+def truncate(arrays: dict[str, np.ndarray], length: int) -> tuple[dict[str, np.ndarray], int]:
+    """The newest ``length`` tokens, keeping ``<bos>``; and the number of tokens cut. Histories are cut by whole items long before.
+
+    After a cut ``<bos>`` has no target: what it had to predict is gone.
+    """
+    cut = len(arrays["tokens"]) - length
+    if cut <= 0:
+        return arrays, 0
+    kept = {k: np.concatenate([v[:1], v[cut + 1 :]]) for k, v in arrays.items()}
+    for key in ("text_target", "item_target"):
+        if key in kept:
+            kept[key][0] = 0
+    return kept, cut
+
+
+def pad_to(arrays: list[dict[str, np.ndarray]], rows: int, length: int) -> dict[str, np.ndarray]:
+    """Stack encoded prompts into ``[rows, length]`` arrays, padded with zeros on the right."""
+    out = {k: np.zeros((rows, length), FIELDS[k]) for k in ("tokens", "item", "feature", "feature_value")}
+    for row, part in enumerate(arrays):
+        for key, target in out.items():
+            target[row, : len(part[key])] = part[key]
+    return out

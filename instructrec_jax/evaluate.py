@@ -1,0 +1,366 @@
+"""Evaluation of a run: the tuned model beside the classic recommenders, on the same cases, with intervals.
+
+Three tables come out of one call:
+
+* *next item*: history in, ranking of the whole catalogue (``full``) or of frozen candidates (``1+9``, ``1+99``) out;
+* *search*: the wish is made from the target's own labels, so this measures finding what was described, not next-item prediction;
+* *likelihood*: the paper's method on ``1+9`` frozen candidates, for a fixed sample of cases.
+
+Baselines learn from training and validation events when the test split is measured (they have no other use for the latter); the
+model learns from training events alone and sees the validation event in the history.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from instructrec_jax import config as configs
+from instructrec_jax import prepare, retrieval
+from instructrec_jax.data.schema import SPLIT_NAMES, TEST, Cases
+from instructrec_jax.errors import UserError
+from instructrec_jax.evaluation import metrics, slices
+from instructrec_jax.evaluation.recommendations import evaluate_lists, read_recommendations, write_recommendations
+from instructrec_jax.evaluation.table import EvaluationResult, Row
+from instructrec_jax.files import write_json
+from instructrec_jax.instructions.negatives import negatives_name, sample_negatives
+from instructrec_jax.instructions.prompts import NothingToSay
+from instructrec_jax.retrieval.ease import EASE
+from instructrec_jax.run import Say, Session, case_histories, sample_cases, trained
+from instructrec_jax.samples import sample_prompts, sample_users
+from instructrec_jax.scoring import Request, Scorer
+
+MODEL = "model"
+_BLOCK = 512  # cases scored at a time: scores [block, I] are the largest array here
+_SEARCH_CASES = 2000
+
+ScoreBlock = Callable[[int, int], Float[np.ndarray, "cases I"]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Cases to rank, what is left out of each ranking, and the candidates of a sampled protocol."""
+
+    cases: Cases
+    histories: list[Int[np.ndarray, " n"]]
+    candidates: Int[np.ndarray, "cases C"] | None = None
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One system's ranks and lists on a task."""
+
+    ranks: metrics.TargetRank
+    lists: Int[np.ndarray, "cases k"]
+    scores: Float[np.ndarray, "cases k"]
+    seconds: float
+
+
+def rank(task: Task, score: ScoreBlock, k: int) -> Ranked:
+    """Rank every case with ``score(start, stop)`` over the whole catalogue, a block of cases at a time."""
+    ranks, lists, kept = [], [], []
+    begun = time.perf_counter()
+    for start in range(0, len(task.cases), _BLOCK):
+        stop = min(start + _BLOCK, len(task.cases))
+        scores = score(start, stop)
+        chosen = None if task.candidates is None else task.candidates[start:stop]
+        history = task.histories[start:stop]
+        ranks.append(
+            metrics.rank_of_target(scores, task.cases.target[start:stop], history, candidates=chosen, first_case=start)
+        )
+        top = metrics.top_lists(scores, k, history, first_case=start)
+        lists.append(top)
+        kept.append(np.take_along_axis(scores, np.maximum(top, 0), axis=1))
+    seconds = time.perf_counter() - begun
+    return Ranked(metrics.TargetRank.concatenate(ranks), np.concatenate(lists), np.concatenate(kept), seconds)
+
+
+def frozen_negatives(s: Session, task: Task, n: int) -> tuple[str, Task]:
+    """The same cases against ``n`` frozen negatives each, and the protocol's name with sampler and seed."""
+    settings = s.config.evaluate
+    data = s.prepared.data
+    counts = data.train_popularity if settings.negatives == "popularity" else None
+    negatives = sample_negatives(
+        data.num_items,
+        task.histories,
+        n,
+        seed=settings.negatives_seed,
+        user=task.cases.user,
+        target=task.cases.target,
+        popularity=counts,
+    )
+    name = negatives_name(n, popularity=counts is not None, seed=settings.negatives_seed)
+    return name, Task(task.cases, task.histories, negatives)
+
+
+def evaluate(run_dir: str | Path, overrides: Sequence[str] = (), *, split: int = TEST, say: Say) -> dict[str, Any]:
+    """Evaluate a run's best checkpoint and write ``evaluation/<protocol>.json`` and the model's lists beside it.
+
+    Returns the content of that file (see ``docs/metrics.md``): ``next_item``, ``search`` and ``likelihood`` are
+    ``EvaluationResult`` objects in JSON.
+    """
+    run_dir = Path(run_dir)
+    with trained(run_dir, tuple(overrides)) as (s, params, step):
+        settings, data = s.config.evaluate, s.prepared.data
+        cases = data.cases(split)
+        if not len(cases):
+            raise UserError(f"the {SPLIT_NAMES[split]} split has no cases", remedy="see data.split in the config")
+        task = Task(cases, case_histories(s, cases))
+        protocol = "full"
+        if settings.protocol != "full":
+            protocol, task = frozen_negatives(s, task, int(settings.protocol.removeprefix("1+")))
+        scorer = s.scorer(params)
+        say(
+            f"{data.name}, {SPLIT_NAMES[split]} split, {len(cases):,} cases, {data.num_items:,} items; protocol {protocol}; step {step}"
+        )
+
+        fitted = fit_baselines(s, include_valid=split == TEST, say=say)
+        next_item, ranked = _next_item(s, scorer, task, fitted, protocol, split, say)
+        search = _search(s, scorer, cases, fitted, split, say)
+        likelihood = _likelihood(s, scorer, cases, split, say) if settings.likelihood_users else None
+
+        model = ranked[MODEL]
+        value = metrics.metrics_at(model.ranks, (10,))["ndcg@10"]
+        lengths = np.asarray([len(h) for h in task.histories])
+        heat = slices.heat_map(value, lengths, data.train_popularity[cases.target])
+        curves = {name: slices.lorenz(metrics.exposure(r.lists, data.num_items, 10)) for name, r in ranked.items()}
+        payload = {
+            "protocol": protocol,
+            "split": SPLIT_NAMES[split],
+            "run": run_dir.name,
+            "best_step": step,
+            "next_item": next_item.to_json(),
+            "search": search and search.to_json(),
+            "likelihood": likelihood and likelihood.to_json(),
+            "heat_map": {
+                "rows": heat.rows,
+                "columns": heat.columns,
+                "ndcg": _numbers(heat.mean),
+                "count": heat.count.tolist(),
+            },
+            "lorenz": {name: {"x": x.tolist(), "y": y.tolist()} for name, (x, y) in curves.items()},
+            "users": sample_users(data, cases, task.histories, model.lists, model.scores, model.ranks),
+            "prompts": sample_prompts(s.prepared),
+            "statistics": s.prepared.manifest["statistics"],
+            "steps": [asdict(step) for step in data.steps],
+        }
+        folder = run_dir / "evaluation"
+        name = file_name(protocol, split)
+        write_json(folder / f"{name}.json", payload)
+        last_case = np.flatnonzero(np.append(cases.user[1:] != cases.user[:-1], True))
+        write_recommendations(
+            folder / f"{name}_model.csv.gz",
+            data,
+            cases.user[last_case],
+            model.lists[last_case],
+            model.scores[last_case],
+        )
+        say(f"written: {folder / name}.json and the model's lists beside it")
+        return payload
+
+
+def evaluate_file(run_dir: str | Path, file: str | Path, *, split: int = TEST) -> EvaluationResult:
+    """Metrics of a recommendation file (user_id, item_id, score) made by anything, on the split of a run's data.
+
+    Raises:
+        UserError: the folder is no run, or the file cannot be used; the message names the row.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(
+            f"{run_dir} is not a run: it has no config.yaml", remedy="give the folder that `instructrec train` printed"
+        )
+    config = configs.load(run_dir / "config.yaml")
+    data = prepare.load(config).data
+    cutoffs = config.evaluate.cutoffs
+    recommendations = read_recommendations(file, data, k=max(cutoffs))
+    row = evaluate_lists(recommendations, data, split=split, cutoffs=cutoffs)
+    return EvaluationResult.build(
+        [row],
+        data.train_popularity,
+        protocol="lists as delivered",
+        data=data.name,
+        split=SPLIT_NAMES[split],
+        resamples=config.evaluate.bootstrap,
+    )
+
+
+def file_name(protocol: str, split: int = TEST) -> str:
+    """``full``, ``1_9_uniform_seed_0``, ``full_valid``: the protocol as a file name."""
+    name = re.sub(r"\W+", "_", protocol)
+    return name if split == TEST else f"{name}_{SPLIT_NAMES[split]}"
+
+
+def fit_baselines(s: Session, *, include_valid: bool, say: Say) -> dict[str, tuple[retrieval.Recommender, float]]:
+    """The configured baselines, fitted, with their fit seconds. One that cannot be fitted here is named and left out."""
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    out: dict[str, tuple[retrieval.Recommender, float]] = {}
+    ease: EASE | None = None
+    for name in s.config.evaluate.baselines:
+        begun = time.perf_counter()
+        try:
+            fitted = retrieval.make(name)
+            if isinstance(fitted, EASE) and ease is not None:
+                fitted = ease.with_last(fitted.last)  # the inverse is the same for all of them
+            else:
+                fitted = fitted.fit(s.prepared.data, include_valid=include_valid)
+        except UserError as error:
+            say(f"  {name} is left out: {error.message}")
+            continue
+        if isinstance(fitted, EASE):
+            ease = fitted
+        out[name] = (fitted, time.perf_counter() - begun)
+    return out
+
+
+def _next_item(
+    s: Session, scorer: Scorer, task: Task, fitted: dict, protocol: str, split: int, say: Say
+) -> tuple[EvaluationResult, dict[str, Ranked]]:
+    prompts = s.sequential_prompts(task.cases)
+    width = max(10, *s.config.evaluate.cutoffs)
+    systems: dict[str, ScoreBlock] = {MODEL: lambda a, b: scorer.score_all(prompts[a:b])}
+    for name, (recommender, _) in fitted.items():
+        systems[name] = lambda a, b, r=recommender: r.score(task.histories[a:b], task.cases.user[a:b])
+    ranked = {}
+    for name, score in systems.items():
+        say(f"  scoring {name}")
+        ranked[name] = rank(task, score, width)
+    seconds = {name: fit for name, (_, fit) in fitted.items()}
+    return _result(s, ranked, task.cases, protocol, split, seconds, {MODEL}), ranked
+
+
+def _search(s: Session, scorer: Scorer, cases: Cases, fitted: dict, split: int, say: Say) -> EvaluationResult | None:
+    """The wish is the target's own labels (I2); BM25 reads the same words. None where the catalogue has no words for a wish."""
+    sample = sample_cases(cases, _SEARCH_CASES, s.config.train.seed)
+    alone, personal, keep = [], [], []
+    for number, (user, end) in enumerate(zip(sample.user, sample.end)):
+        try:
+            wish = s.builder.wish(int(user), int(end), s.language)
+            alone.append(s.builder.evaluation_prompt("search", int(user), int(end), wish, s.language))
+            personal.append(s.builder.evaluation_prompt("personal-search", int(user), int(end), wish, s.language))
+        except NothingToSay:
+            continue
+        keep.append((number, wish))
+    if not keep:
+        say("  search: no item of the split has labels to make a wish from")
+        return None
+    say(f"  search: {len(keep):,} cases with a wish")
+    index = np.asarray([number for number, _ in keep], np.int64)
+    wishes = [wish for _, wish in keep]
+    chosen = Cases(sample.user[index], sample.end[index], sample.target[index])
+    task = Task(chosen, case_histories(s, chosen))
+    plain = s.sequential_prompts(chosen)
+    systems: dict[str, ScoreBlock] = {
+        "model, wish": lambda a, b: scorer.score_all(alone[a:b]),
+        "model, wish and history": lambda a, b: scorer.score_all(personal[a:b]),
+        "model, history": lambda a, b: scorer.score_all(plain[a:b]),
+    }
+    tested = set(systems)
+    if "bm25" in fitted:
+        bm25 = fitted["bm25"][0]
+        systems["bm25"] = lambda a, b: bm25.score_text(wishes[a:b])
+    ranked = {name: rank(task, score, 20) for name, score in systems.items()}
+    return _result(s, ranked, chosen, "search full", split, {}, tested)
+
+
+def _likelihood(s: Session, scorer: Scorer, cases: Cases, split: int, say: Say) -> EvaluationResult | None:
+    """1+9 frozen candidates ranked by the likelihood of their titles, beside the item head on the same candidates."""
+    sample = sample_cases(cases, s.config.evaluate.likelihood_users, s.config.train.seed + 1)
+    task = Task(sample, case_histories(s, sample))
+    if s.prepared.data.num_items < 20:
+        say("  likelihood: the catalogue is too small for 1+9 candidates")
+        return None
+    protocol, task = frozen_negatives(s, task, 9)
+    assert task.candidates is not None
+    say(f"  likelihood: {len(sample):,} cases, {protocol}")
+    lists = np.concatenate([sample.target[:, None], task.candidates], axis=1)
+    prompts = [
+        s.builder.evaluation_prompt("describe", int(u), int(e), language=s.language)
+        for u, e in zip(sample.user, sample.end)
+    ]
+    begun = time.perf_counter()
+    scores = np.stack(scorer.score([Request(p, c) for p, c in zip(prompts, lists)], "likelihood"))
+    by_text = _small_ranks(scores)
+    seconds = time.perf_counter() - begun
+    items = s.sequential_prompts(sample)
+    by_item = _small_ranks(np.stack(scorer.score([Request(p, c) for p, c in zip(items, lists)], "items")))
+    popular = _small_ranks(s.prepared.data.train_popularity[lists].astype(np.float64))
+    cutoffs = [k for k in (1, 3, 5) if k in s.config.evaluate.cutoffs] or [1, 3, 5]
+    rows = [
+        Row.from_ranks(
+            "model, likelihood of the title", sample.user, by_text, cutoffs, baseline=False, seconds_score=seconds
+        ),
+        Row.from_ranks("model, item head", sample.user, by_item, cutoffs, baseline=False),
+        Row.from_ranks("popularity", sample.user, popular, cutoffs),
+    ]
+    return EvaluationResult.build(
+        rows,
+        s.prepared.data.train_popularity,
+        protocol=protocol,
+        data=s.prepared.data.name,
+        split=SPLIT_NAMES[split],
+        resamples=s.config.evaluate.bootstrap,
+    )
+
+
+def _small_ranks(scores: Float[np.ndarray, "cases C"]) -> metrics.TargetRank:
+    """Ranks of candidate 0 among the columns."""
+    own = scores[:, :1]
+    return metrics.TargetRank((scores > own).sum(1).astype(np.int64), (scores == own).sum(1).astype(np.int64) - 1)
+
+
+def _result(
+    s: Session,
+    ranked: dict[str, Ranked],
+    cases: Cases,
+    protocol: str,
+    split: int,
+    fit_seconds: dict[str, float],
+    tested: set[str],
+) -> EvaluationResult:
+    settings, data = s.config.evaluate, s.prepared.data
+    rows = [
+        Row.from_ranks(
+            name,
+            cases.user,
+            r.ranks,
+            settings.cutoffs,
+            lists=r.lists,
+            seconds_fit=fit_seconds.get(name, 0.0),
+            seconds_score=r.seconds,
+            baseline=name not in tested,
+        )
+        for name, r in ranked.items()
+    ]
+    return EvaluationResult.build(
+        rows,
+        data.train_popularity,
+        protocol=protocol,
+        data=data.name,
+        split=SPLIT_NAMES[split],
+        resamples=settings.bootstrap,
+    )
+
+
+def _numbers(matrix: np.ndarray) -> list[list[float | None]]:
+    return [[None if np.isnan(v) else float(v) for v in row] for row in matrix]
+
+
+def summary_json(payload: dict[str, Any]) -> dict[str, Any]:
+    """The one JSON object of ``--json``: plain means by system, search and likelihood beneath their own keys."""
+    out: dict[str, Any] = dict(EvaluationResult.from_json(payload["next_item"]).means())
+    for part in ("search", "likelihood"):
+        if payload[part]:
+            out[part] = EvaluationResult.from_json(payload[part]).means()
+    out["protocol"] = payload["protocol"]
+    out["data"] = payload["next_item"]["data"]
+    return json.loads(json.dumps(out))

@@ -1,0 +1,219 @@
+"""Training instructions from a data set's training events: streamed, deterministic, keyed by (seed, user, event)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Int
+
+from instructrec_jax.config import InstructionConfig
+from instructrec_jax.data.schema import TRAIN, SplitData
+from instructrec_jax.instructions.example import Feature, InstructionExample
+from instructrec_jax.instructions.keyed import fraction, key, keys, mix, pick
+from instructrec_jax.instructions.negatives import sample_negatives
+from instructrec_jax.instructions.packs import Domain
+from instructrec_jax.instructions.prompts import KINDS, Features, NothingToSay, Prompter
+from instructrec_jax.instructions.render import ItemsAs, Slots
+
+__all__ = ["FAMILIES", "KINDS", "Builder", "NothingToSay"]
+
+# Families beside the sequential windows: (number of the key, {(template kind, preference, intention): share}).
+FAMILIES: dict[str, tuple[int, dict[tuple[str, str, str], float]]] = {
+    "search": (
+        2,
+        {
+            ("search", "P0", "I1"): 0.225,
+            ("search", "P0", "I2"): 0.225,
+            ("search", "P1", "I1"): 0.225,
+            ("search", "P1", "I2"): 0.225,
+            ("search", "P2", "I1"): 0.05,
+            ("search", "P2", "I2"): 0.05,
+        },
+    ),
+    "rerank": (
+        3,
+        {
+            ("rerank", "P1", "I0"): 0.6,
+            ("rerank", "P2", "I0"): 0.2,
+            ("rerank", "P0", "I1"): 0.1,
+            ("rerank", "P0", "I2"): 0.1,
+        },
+    ),
+    "pointwise": (4, {("pointwise", "P1", "I0"): 1.0}),
+    "describe": (5, {("describe", "P1", "I0"): 0.75, ("describe", "P2", "I0"): 0.25}),
+    "profile": (6, {("sequential", "P0", "I0"): 0.5, ("sequential", "P2", "I0"): 0.5}),
+}
+_SEQUENTIAL = 1  # number of the key
+_CHUNK = 1024  # examples whose negatives are drawn together
+_SHOW_FEATURES = 0.75  # share of training prompts that show the features of users who have some
+
+
+class Builder(Prompter):
+    """Writes the training instructions of a data set. See ``Prompter`` for the arguments and for the other prompts.
+
+    ``written`` and ``skipped`` count what the last ``training_examples`` gave and could not give, by family.
+    """
+
+    def __init__(
+        self,
+        data: SplitData,
+        config: InstructionConfig,
+        domain: Domain | str,
+        features: Features | None = None,
+        *,
+        items_as: ItemsAs = "token",
+        candidates_as: ItemsAs | None = None,
+    ):
+        super().__init__(data, config, domain, features, items_as=items_as, candidates_as=candidates_as)
+        self.written: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
+
+    def training_examples(self) -> Iterator[InstructionExample]:
+        """All training examples, family by family; the same stream on every call.
+
+        Only events of the training split are read. Sequential windows are ``dense``: the prompt is the whole window,
+        and item k is to be predicted from the position before it for every k >= ``dense_from``. Over a user's windows
+        each training item is a target at least once per copy (exactly once without ``repeat_targets``). With
+        ``items_as="title"`` there are no item positions, and a window's last item is its only target. The other
+        families have one target each and no dense positions.
+
+        Raises:
+            ConfigError: the catalogue is too small for ``candidates``.
+        """
+        self.written, self.skipped = Counter(), Counter()
+        yield from self._sequential()
+        windows = self.num_windows
+        for family in FAMILIES:
+            yield from self._family(family, round(getattr(self.config, family) * windows))
+
+    @property
+    def num_windows(self) -> int:
+        """Sequential windows of all users (each is rendered ``copies`` times)."""
+        length, stride = self.config.history_items, max(1, self.config.history_items // 2)
+        beyond = np.maximum(self.train_count - length, 0)
+        return int((self.train_count > 0).sum() + np.ceil(beyond / stride).sum())
+
+    def windows(self, user: int) -> Iterator[tuple[int, int, int]]:
+        """(first, end, dense_from) of a user's windows: places among the user's events, and the first new one in it."""
+        length, stride = self.config.history_items, max(1, self.config.history_items // 2)
+        count, done = int(self.train_count[user]), 0
+        while done < count:
+            end = min(done + stride if done else length, count)
+            first = max(0, end - length)
+            yield first, end, done - first
+            done = end
+
+    # ------------------------------------------------------------------------------------------------------- sequential
+
+    def _sequential(self) -> Iterator[InstructionExample]:
+        groups = [self.group(language, "sequential", "P1", "I0") for language in self.config.languages]
+        titles_only = self.items_as == "title"
+        for user in range(self.data.num_users):
+            start = int(self.data.offsets[user])
+            features = self.features(user) if self.features else ()
+            for first, end, dense_from in self.windows(user):
+                items: list[int] = self.data.item[start + first : start + end].tolist()
+                target = items.pop() if titles_only else -1
+                if not items:
+                    self.skipped["sequential: one item has no history"] += 1
+                    continue
+                number = key(self.config.seed, _SEQUENTIAL, user, first)
+                for copy in range(self.config.copies):
+                    group = groups[(number + copy) % len(groups)]
+                    wording = group[(mix(number) + copy // len(groups)) % len(group)]
+                    slots = Slots(history=items, features=features, answer=target)
+                    self.written["sequential"] += 1
+                    yield self.example(
+                        wording,
+                        slots,
+                        user=user,
+                        target=target,
+                        dense=not titles_only,
+                        dense_from=0 if titles_only or self.config.repeat_targets else dense_from,
+                        about_user=fraction(key(number, copy)) < _SHOW_FEATURES,
+                    )
+
+    # --------------------------------------------------------------------------------------------------- other families
+
+    def _family(self, family: str, count: int) -> Iterator[InstructionExample]:
+        code, shares = FAMILIES[family]
+        needs_negatives = family in ("rerank", "pointwise")
+        for ends in self._targets(code, count, first=0 if family == "profile" else 1):
+            users = self.data.user[ends]
+            numbers: list[int] = keys(self.config.seed, code, users, ends - self.data.offsets[users]).tolist()
+            shown: list[tuple[int, ...]] = [()] * len(ends)
+            if needs_negatives:
+                seen = [self._training_items(user) for user in users.tolist()]
+                if family == "rerank":
+                    shown = self._candidates(ends, seen)
+                else:
+                    other = sample_negatives(
+                        self.data.num_items, seen, 1, seed=self.config.seed, user=users, target=self.data.item[ends]
+                    )
+                    shown = [tuple(row) for row in other.tolist()]
+            for end, user, number, candidates in zip(ends.tolist(), users.tolist(), numbers, shown, strict=True):
+                made = self._one(family, shares, user, end, number, candidates)
+                if made is None:
+                    self.skipped[f"{family}: nothing to say of the item or the history"] += 1
+                    continue
+                self.written[family] += 1
+                yield made
+
+    def _one(
+        self,
+        family: str,
+        shares: dict[tuple[str, str, str], float],
+        user: int,
+        end: int,
+        number: int,
+        candidates: tuple[int, ...],
+    ) -> InstructionExample | None:
+        language = pick(self.config.languages, number)
+        number = mix(number)
+        kind, preference, intention = _by_share(shares, fraction(number))
+        features: tuple[Feature, ...] = ()
+        number = mix(number)
+        if self.features and fraction(number) < _SHOW_FEATURES:
+            features = self.features(user)
+        number = mix(number)
+        target = int(self.data.item[end])
+        item = -1
+        if family == "pointwise":
+            item, candidates = (target if number >> 63 else candidates[0]), ()
+        # A target without tags or labels may still have words of the other level.
+        for level in {"I1": ("I1", "I2"), "I2": ("I2", "I1")}.get(intention, (intention,)):
+            template = pick(self.group(language, kind, preference, level, features=bool(features)), number)
+            slots = self.slots(template, user, end, target, candidates=candidates, item=item, features=features)
+            if slots is not None:
+                aim = -1 if family == "pointwise" else target
+                return self.example(template, slots, user=user, target=aim, about_user=True)
+        return None
+
+    def _targets(self, code: int, count: int, *, first: int) -> Iterator[Int[np.ndarray, " chunk"]]:
+        """``count`` training events in chunks, each user's first ``first`` left out: those with the smallest keys;
+        every event once before any comes twice."""
+        ordinal = np.arange(len(self.data.item)) - self.data.offsets[self.data.user]
+        pool = np.flatnonzero((self.data.split == TRAIN) & (ordinal >= first))
+        turn = 0
+        while count > 0 and len(pool):
+            take = min(count, len(pool))
+            order = np.argsort(keys(self.config.seed, code, turn, self.data.user[pool], ordinal[pool]), kind="stable")
+            chosen = np.sort(pool[order[:take]])
+            for at in range(0, take, _CHUNK):
+                yield chosen[at : at + _CHUNK]
+            count, turn = count - take, turn + 1
+
+    def _training_items(self, user: int) -> Int[np.ndarray, " n"]:
+        start = int(self.data.offsets[user])
+        return self.data.item[start : start + int(self.train_count[user])]
+
+
+def _by_share(shares: dict[tuple[str, str, str], float], at: float) -> tuple[str, str, str]:
+    """The option on whose stretch of [0, 1) the number lies."""
+    for option, share in shares.items():
+        at -= share
+        if at < 0:
+            return option
+    return next(iter(shares))

@@ -1,0 +1,306 @@
+"""Which template, which slots: prompts of a data set's users for evaluation, and of anyone for recommendation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from instructrec_jax.config import InstructionConfig
+from instructrec_jax.data.schema import TRAIN, SplitData
+from instructrec_jax.errors import ConfigError, UserError, did_you_mean
+from instructrec_jax.instructions.example import Feature, InstructionExample
+from instructrec_jax.instructions.keyed import keys
+from instructrec_jax.instructions.negatives import sample_negatives
+from instructrec_jax.instructions.packs import Domain, clean_text, load_domain
+from instructrec_jax.instructions.render import ItemsAs, Slots, render
+from instructrec_jax.instructions.templates import Template, load_templates
+from instructrec_jax.instructions.words import Words
+
+Features = Callable[[int], tuple[Feature, ...]]
+
+# What evaluation may ask for: task family, preference, intention. The first wording of the group is used.
+KINDS: dict[str, tuple[str, str, str]] = {
+    "sequential": ("sequential", "P1", "I0"),
+    "taste": ("sequential", "P2", "I0"),
+    "cold": ("sequential", "P0", "I0"),
+    "search": ("search", "P0", "I2"),
+    "search-vague": ("search", "P0", "I1"),
+    "personal-search": ("search", "P1", "I2"),
+    "personal-search-vague": ("search", "P1", "I1"),
+    "describe": ("describe", "P1", "I0"),
+    "rerank": ("rerank", "P1", "I0"),
+    "rerank-taste": ("rerank", "P2", "I0"),
+    "rerank-search": ("rerank", "P0", "I2"),
+    "rerank-search-vague": ("rerank", "P0", "I1"),
+    "pointwise": ("pointwise", "P1", "I0"),
+}
+_ORDER_SALT = 0x0D0E  # keeps the order of candidates apart from the draws of the negatives
+
+
+class NothingToSay(UserError):  # noqa: N818 - a condition that callers handle case by case, not a fault
+    """The data holds no words for this user's taste or this item's wish: the case cannot be asked in that way."""
+
+
+class Prompter:
+    """Prompts of one data set.
+
+    Args:
+        data: the split data.
+        config: languages, history length, candidates, seed.
+        domain: a domain pack, or its name.
+        features: user index -> soft tokens of the user's features; None = there are none.
+        items_as: how items stand in a history: "token", "title" or "both".
+        candidates_as: how the candidates of T3 and the item of T0 stand; None = as in the history.
+
+    Raises:
+        ConfigError: unknown domain or language; settings out of range.
+    """
+
+    def __init__(
+        self,
+        data: SplitData,
+        config: InstructionConfig,
+        domain: Domain | str,
+        features: Features | None = None,
+        *,
+        items_as: ItemsAs = "token",
+        candidates_as: ItemsAs | None = None,
+    ):
+        if not config.languages:
+            raise ConfigError("instructions.languages is empty", remedy="e.g. [en]")
+        if config.history_items < 1:
+            raise ConfigError(f"instructions.history_items = {config.history_items}; at least 1 is needed")
+        if config.candidates < 2:
+            raise ConfigError(f"instructions.candidates = {config.candidates}; a choice needs at least 2")
+        if config.short_history_items < 1:
+            raise ConfigError(f"instructions.short_history_items = {config.short_history_items}; at least 1 is needed")
+        self.data, self.config = data, config
+        self.domain = load_domain(domain) if isinstance(domain, str) else domain
+        self.features = features
+        self.items_as: ItemsAs = items_as
+        self.candidates_as: ItemsAs | None = candidates_as
+        self.words = Words(data, self.domain, config.seed, history_items=config.history_items)
+        self.titles = self.words.facets.titles
+        self.templates = load_templates(config.languages)
+        self._groups: dict[tuple[str, str, str, str, bool, bool], tuple[Template, ...]] = {}
+        self.train_count: Int[np.ndarray, " users"] = np.bincount(
+            data.user[data.split == TRAIN], minlength=data.num_users
+        )
+
+    # ------------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluation_prompt(
+        self,
+        kind: str,
+        user: int,
+        end: int,
+        wish: str | None = None,
+        language: str = "en",
+        *,
+        candidates: Sequence[int] | None = None,
+    ) -> InstructionExample:
+        """The prompt of an evaluation case, with the fixed wording of its kind.
+
+        The history is the newest ``history_items`` events before event index ``end``, of any split; a user without
+        events before it gets the "cold" prompt in place of "sequential". ``target`` is the item of event ``end``, or
+        -1 where ``end`` is past the user's last event. Words of a wish come from the target (metric "search") unless
+        ``wish`` gives the user's own.
+
+        Args:
+            kind: one of ``KINDS``.
+            user: user index.
+            end: event index, as in ``Cases.end``.
+            wish: words for I1/I2.
+            language: "en" or "zh".
+            candidates: T3: the candidates in the order to show; None = frozen uniform negatives and the target.
+
+        Raises:
+            ConfigError: unknown kind or language; too small a catalogue for the candidates.
+            NothingToSay: the data holds no words for the taste or the wish.
+        """
+        if kind not in KINDS:
+            raise ConfigError(
+                f"unknown kind of prompt {kind!r}{did_you_mean(kind, KINDS)}", remedy=f"one of {', '.join(KINDS)}"
+            )
+        start, stop = int(self.data.offsets[user]), int(self.data.offsets[user + 1])
+        if not start <= end <= stop:
+            raise ValueError(f"event index {end} is outside user {user}'s events {start}..{stop}")
+        if end == start and kind == "sequential":
+            kind = "cold"
+        family, preference, intention = KINDS[kind]
+        features = self.features(user) if self.features else ()
+        template = self._first(language, family, preference, intention, features=bool(features))
+        target = int(self.data.item[end]) if end < stop else -1
+        if wish is None and intention != "I0" and target < 0:
+            raise NothingToSay(
+                f"{kind}: there is no target after the user's last event to take the wish from", remedy="give a wish"
+            )
+        if template.task == "T3" and candidates is None:
+            if target < 0:
+                raise NothingToSay(
+                    f"{kind}: there is no target after the user's last event", remedy="give the candidates"
+                )
+            candidates = self._candidates(np.asarray([end]), [self.data.item[start:end]])[0]
+        slots = self.slots(template, user, end, target, wish=wish, candidates=candidates or (), features=features)
+        if slots is None:
+            raise NothingToSay(f"{kind}: the data has nothing to say of user {user} or item {target}")
+        return self.example(template, slots, user=user, target=-1 if template.task == "T0" else target, about_user=True)
+
+    def wish(self, user: int, end: int, language: str = "en", level: str = "I2") -> str:
+        """The wish that the target of an evaluation case would be asked for with, from its labels (I2) or tags (I1).
+
+        Raises:
+            NothingToSay: the data holds no words for it.
+        """
+        target = int(self.data.item[end])
+        words = self.words.intention(level, target, user, end - int(self.data.offsets[user]), language)
+        if not words:
+            raise NothingToSay(f"the data has nothing to say of item {target}")
+        return words
+
+    # --------------------------------------------------------------------------------------------------- recommendation
+
+    def recommend_prompt(
+        self,
+        history_items: Sequence[int] = (),
+        wish: str | None = None,
+        preference: str | None = None,
+        language: str = "en",
+        *,
+        features: tuple[Feature, ...] = (),
+    ) -> InstructionExample:
+        """The prompt for anyone: a history of catalogue indices (newest last), a wish and a taste in words, all
+        optional.
+
+        A taste makes it P2, else a history P1, else P0; a wish makes it I1. With neither it is what a newcomer asks.
+        """
+        wish, preference = clean_text(wish or ""), clean_text(preference or "")
+        history = list(history_items)[-self._history_budget("search" if wish else "sequential") :]
+        level = "P2" if preference else "P1" if history else "P0"
+        kind, intention = ("search", "I1") if wish else ("sequential", "I0")
+        template = self._first(language, kind, level, intention, features=bool(features), history=bool(history))
+        slots = Slots(history=history, preference=preference, intention=wish, features=features)
+        return self.example(template, slots, user=-1, target=-1, about_user=True)
+
+    # ------------------------------------------------------------------------------------------------------ small parts
+
+    def _history_budget(self, kind: str) -> int:
+        """Most history items in a prompt of this kind: those that teach at every item may be longer than the others."""
+        return self.config.history_items if kind == "sequential" else self.config.short_history_items
+
+    def group(
+        self,
+        language: str,
+        kind: str,
+        preference: str,
+        intention: str,
+        *,
+        features: bool = False,
+        held_out: bool = False,
+    ) -> tuple[Template, ...]:
+        """Templates of one language, family and aspects, in file order; with ``{features}`` only if there are some."""
+        name = (language, kind, preference, intention, features, held_out)
+        if name not in self._groups:
+            self._groups[name] = tuple(
+                t
+                for t in (self.templates if language in self.config.languages else load_templates([language]))
+                if (t.language, t.kind, t.preference, t.intention) == name[:4]
+                and t.held_out == held_out
+                and (features or "features" not in t.reads)
+            )
+        return self._groups[name]
+
+    def example(
+        self,
+        template: Template,
+        slots: Slots,
+        *,
+        user: int,
+        target: int,
+        dense: bool = False,
+        dense_from: int = 0,
+        about_user: bool = False,
+    ) -> InstructionExample:
+        """Render to an ``InstructionExample``."""
+        text = render(
+            template,
+            slots,
+            self.domain,
+            self.titles,
+            items_as=self.items_as,
+            candidates_as=self.candidates_as,
+            about_user=about_user,
+        )
+        return InstructionExample(
+            template=template.id,
+            language=template.language,
+            preference=template.preference,
+            intention=template.intention,
+            task=template.task,
+            metric=template.metric,
+            user=user,
+            prompt=text.prompt,
+            prompt_items=text.prompt_items,
+            answer=text.answer,
+            answer_items=text.answer_items,
+            features=text.features,
+            target=target,
+            candidates=tuple(slots.candidates),
+            dense=dense,
+            dense_from=dense_from,
+        )
+
+    def _first(
+        self, language: str, kind: str, preference: str, intention: str, *, features: bool, history: bool = False
+    ) -> Template:
+        group = self.group(language, kind, preference, intention, features=features)
+        if preference == "P0" and intention == "I0" and features:
+            group = tuple(t for t in group if "features" in t.reads) or group
+        if preference == "P2":  # with and without the history beside the words
+            group = tuple(t for t in group if ("history" in t.reads) == history) or group
+        return group[0]
+
+    def slots(
+        self,
+        template: Template,
+        user: int,
+        end: int,
+        target: int,
+        *,
+        wish: str | None = None,
+        candidates: Sequence[int] = (),
+        item: int = -1,
+        features: tuple[Feature, ...] = (),
+    ) -> Slots | None:
+        """Slots of a template whose target is event ``end``; None if the data has no words for one of them."""
+        start = int(self.data.offsets[user])
+        history: list[int] = []
+        if "history" in template.reads:
+            history = self.data.item[max(start, end - self._history_budget(template.kind)) : end].tolist()
+        taste: str | None = ""
+        if "preference" in template.reads:
+            taste = self.words.preference(user, end, template.language)
+        if template.intention != "I0" and wish is None:
+            wish = self.words.intention(template.intention, target, user, end - start, template.language)
+        if taste is None or (template.intention != "I0" and not (wish and clean_text(wish))):
+            return None
+        item = target if item < 0 else item
+        return Slots(history, taste, wish or "", candidates, item, features, answer=target, verdict=item == target)
+
+    def _candidates(
+        self, ends: Int[np.ndarray, " cases"], exclude: Sequence[Int[np.ndarray, " seen"]]
+    ) -> list[tuple[int, ...]]:
+        """The targets at events ``ends`` among frozen negatives, in an order that has nothing to do with the target."""
+        n = self.config.candidates
+        users, targets = self.data.user[ends], self.data.item[ends]
+        negatives = sample_negatives(
+            self.data.num_items, exclude, n - 1, seed=self.config.seed, user=users, target=targets
+        )
+        shown = np.concatenate([targets[:, None], negatives], axis=1)
+        ordinals = ends - self.data.offsets[users]
+        order = np.argsort(
+            keys(self.config.seed, _ORDER_SALT, users[:, None], ordinals[:, None], np.arange(n)), axis=1, kind="stable"
+        )
+        return [tuple(row) for row in np.take_along_axis(shown, order, axis=1).tolist()]

@@ -1,0 +1,174 @@
+"""Rule-made words: a user's taste (P2) from the history, a vague (I1) or specific (I2) wish from the target's facets.
+
+Every choice is made by a key of (seed, user, place in the user's events), never of the target, so that nothing of the
+target shows in the wording beyond what the template declares.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from instructrec_jax.data.schema import SplitData
+from instructrec_jax.instructions.facets import Facets
+from instructrec_jax.instructions.keyed import key, mix, pick
+from instructrec_jax.instructions.packs import Domain, load_phrases
+
+_HALF_LIFE = 30  # events after which an event of the history counts half
+_DISLIKED = 0.25  # weight of events rated below the history's own mean
+_CLEAR = 0.5  # share of the history that a decade needs to be worth a word
+_FACETS = 3  # most labels in one sentence
+
+
+class Words:
+    """Rule-made preferences and intentions of one data set."""
+
+    def __init__(self, data: SplitData, domain: Domain, seed: int = 0, *, history_items: int = 64):
+        self._data, self._domain, self._seed, self._length = data, domain, seed, history_items
+        self.facets = Facets(data.catalogue, domain)
+
+    @cached_property
+    def _tags(self) -> tuple[dict[int, list[str]], dict[tuple[int, int], list[str]]]:
+        return self.facets.tags(self._data.tags)
+
+    def preference(self, user: int, end: int, language: str) -> str | None:
+        """P2: a sentence on the taste that the user's events before index ``end`` show; None if nothing can be said.
+
+        Weights are halved every 30 events back, and smaller for events rated below the history's mean. Reads the newest
+        ``history_items`` events and the user's own tags on their items.
+        """
+        start = max(int(self._data.offsets[user]), end - self._length)
+        items: list[int] = self._data.item[start:end].tolist()
+        weight = 0.5 ** (np.arange(len(items) - 1, -1, -1) / _HALF_LIFE)
+        if self._data.rating is not None and len(items):
+            rating = np.asarray(self._data.rating[start:end], np.float64)
+            known = rating[~np.isnan(rating)]
+            if len(known):  # an unknown rating compares as not below
+                weight = np.where(rating < known.mean(), weight * _DISLIKED, weight)
+        weights: list[float] = weight.tolist()
+        number = mix(key(self._seed, user, end - int(self._data.offsets[user])))
+        phrases, facets = load_phrases(language), self.facets
+
+        what = ""
+        for frame, slot, per_item in (
+            ("labelled", "labels", lambda i: facets.labels[i]),
+            ("branded", "brands", lambda i: (facets.brands[i],) if facets.brands[i] else ()),
+            ("worded", "words", lambda i: facets.title_words[i][:_FACETS]),
+        ):
+            top = self._top((per_item(i) for i in items), weights, 2 + number % 2, often=frame == "worded")
+            if top:
+                shown = [
+                    self._quoted(w, language) if frame == "worded" else self._label(w, language, frame) for w in top
+                ]
+                what = self._fill(self._domain.words[language][frame], language, **{slot: self._join(shown, language)})
+                break
+
+        own = self._tags[1]
+        tags = dict.fromkeys(t for i in reversed(items) for t in own.get((user, i), ()))
+        said = self._join([self._quoted(t, language) for t in list(tags)[:2]], language)
+        if not what:
+            return self._fill(phrases.one["taste_tags_only"], language, tags=said) if said else None
+        decade = self._decade(items, weights)
+        return self._fill(
+            pick(phrases.many["taste"], mix(number)),
+            language,
+            what=what,
+            when=self._fill(phrases.one["when"], language, decade=str(decade)) if decade else "",
+            said=self._fill(phrases.one["said"], language, tags=said) if said else "",
+        )
+
+    def intention(self, level: str, target: int, user: int, ordinal: int, language: str) -> str | None:
+        """I1 or I2: a wish that the target answers; None if the data has nothing to say of it.
+
+        I1 is one of the three tags that training users gave it most, else one of its labels, else a title word, said
+        vaguely. I2 is all its labels (at most 3; title words where there are none), its decade and its brand.
+        ``ordinal`` is the place of the target among the user's events (0-based).
+        """
+        number = mix(key(self._seed, user, ordinal, int(level[1])))
+        phrases, facets = load_phrases(language), self.facets
+        if level == "I1":
+            frame_key = mix(number)
+            if tags := self._tags[0].get(target):
+                tag = self._quoted(pick(tags[:3], number), language)
+                return self._fill(pick(phrases.many["vague_tag"], frame_key), language, tag=tag)
+            if labels := facets.labels[target]:
+                label = self._label(pick(labels, number), language, "labelled")
+                return self._fill(pick(phrases.many["vague_label"], frame_key), language, label=label)
+            if words := facets.title_words[target]:
+                word = self._quoted(pick(words[:_FACETS], number), language)
+                return self._fill(pick(phrases.many["vague_word"], frame_key), language, word=word)
+            return None
+
+        labels = [self._label(x, language, "labelled") for x in facets.labels[target][:_FACETS]]
+        words = [] if labels else list(facets.title_words[target][:2])
+        decade, brand = facets.decades[target], facets.brands[target]
+        if not (labels or words or brand):
+            return None
+        terse = [*labels, *words]
+        if decade:
+            terse.append(phrases.one["terse_decade"].format(decade=decade))
+        if brand:
+            terse.append(brand)
+        named = self._domain.words[language]
+        if labels:
+            what = self._fill(named["labelled"], language, labels=self._join(labels, language))
+        elif words:
+            what = self._fill(
+                named["worded"], language, words=self._join([self._quoted(w, language) for w in words], language)
+            )
+        else:
+            what = named["nouns"]
+        return self._fill(
+            pick(phrases.many["specific"], number),
+            language,
+            terse=phrases.one["list_comma"].join(terse),
+            what=what,
+            when=phrases.one["specific_when"].format(decade=decade) if decade else "",
+            brand=phrases.one["specific_brand"].format(brand=brand) if brand else "",
+        )
+
+    # ------------------------------------------------------------------------------------------------------ small parts
+
+    def _top(self, facets: Iterable[Sequence[str]], weights: Sequence[float], n: int, *, often: bool) -> list[str]:
+        """The ``n`` heaviest facets, damped by how common they are in the catalogue; ``often``: twice if any is."""
+        total: dict[str, float] = {}
+        times: Counter[str] = Counter()
+        for values, weight in zip(facets, weights):
+            for value in values:
+                total[value] = total.get(value, 0.0) + weight
+                times[value] += 1
+        if often and any(t > 1 for t in times.values()):
+            total = {v: w for v, w in total.items() if times[v] > 1}
+        common = self.facets.document_frequency
+        score = {v: w / max(common[v.lower()], 1) ** 0.25 for v, w in total.items()}
+        best = sorted(score, key=lambda v: (-score[v], v))[:n]
+        return [v for v in best if score[v] >= 0.3 * score[best[0]]]
+
+    def _decade(self, items: Sequence[int], weights: Sequence[float]) -> int:
+        total: dict[int, float] = {}
+        for item, weight in zip(items, weights):
+            decade = self.facets.decades[item]
+            total[decade] = total.get(decade, 0.0) + weight
+        best = max(total, key=lambda d: (total[d], d), default=0)
+        return best if best and total[best] >= _CLEAR * sum(weights) else 0
+
+    def _fill(self, frame: str, language: str, **values: str) -> str:
+        return frame.format_map({**self._domain.words[language], **values})
+
+    def _label(self, label: str, language: str, frame: str) -> str:
+        if frame == "branded":
+            return label
+        name = self._domain.names.get(language, {}).get(label.lower())
+        return name or (label if label.isupper() else label.lower())
+
+    def _quoted(self, text: str, language: str) -> str:
+        return load_phrases(language).one["quote"].format(text=text)
+
+    def _join(self, parts: Sequence[str], language: str) -> str:
+        one = load_phrases(language).one
+        if len(parts) < 2:
+            return "".join(parts)
+        return one["list_comma"].join(parts[:-1]) + one["list_and"] + parts[-1]

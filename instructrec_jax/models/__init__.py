@@ -1,0 +1,1 @@
+"""Linen language models over plain parameter dictionaries, with item and feature tokens."""

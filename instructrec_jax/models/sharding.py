@@ -1,0 +1,89 @@
+"""Where each dimension lives on the mesh ``("replica", "fsdp", "tensor")``.
+
+Explicit sharding: every parameter is born with its ``jax.P`` and every contraction names its result's. A parameter is *stored*
+sharded over ``fsdp`` and ``tensor``; ``gathered`` brings it to its *used* layout (no ``fsdp``) just before the contraction, and
+the gradient flows back through the same reshard as a reduce-scatter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+from jax import P
+
+from instructrec_jax.config import ModelConfig
+from instructrec_jax.errors import ConfigError
+
+MESH_AXES = ("replica", "fsdp", "tensor")
+BATCH = ("replica", "fsdp")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Partition specs by role. Letters as in the package docstring; ``kg`` splits the N query heads as K groups of G."""
+
+    # Parameters as stored.
+    table_vd: P = P("tensor", "fsdp")  # word and item tables
+    project_fd: P = P(None, "fsdp")  # content features to model width
+    query_dkgh: P = P("fsdp", "tensor", None, None)
+    key_dkh: P = P("fsdp", "tensor", None)
+    output_kghd: P = P("tensor", None, None, "fsdp")
+    mlp_in_df: P = P("fsdp", "tensor")
+    mlp_out_fd: P = P("tensor", "fsdp")
+    vector_d: P = P(None)
+    vector_v: P = P("tensor")
+    # Activations.
+    ids_bs: P = P(BATCH, None)
+    act_bsd: P = P(BATCH, None, None)
+    heads_bskgh: P = P(BATCH, None, "tensor", None, None)
+    heads_bskh: P = P(BATCH, None, "tensor", None)
+    scores_bksgt: P = P(BATCH, "tensor", None, None, None)
+    mlp_bsf: P = P(BATCH, None, "tensor")
+    logits_bsv: P = P(BATCH, None, "tensor")
+    table_used: P = P("tensor", None)
+
+
+RULES = Rules()
+
+
+def gathered(w: jax.Array, stored: P) -> jax.Array:
+    """``w`` without its ``fsdp`` sharding: what a contraction over it needs."""
+    return jax.reshard(w, P(*(None if axis == "fsdp" else axis for axis in stored)))
+
+
+def lookup(table: jax.Array, ids: jax.Array, out: P = RULES.act_bsd) -> jax.Array:
+    """Rows ``[B, S, D]`` of a table ``[V, D]`` (indexing a sharded table must name its result's sharding)."""
+    return table.at[ids].get(out_sharding=out)
+
+
+def rows_by_index(x: jax.Array, order: jax.Array) -> jax.Array:
+    """``x[b, order[b]]`` for each row: ``[B, S, ...]`` reordered along S, local to every shard of the batch."""
+    return jax.vmap(lambda row, index: row.at[index].get())(x, order)
+
+
+def check_divides(model: ModelConfig, sizes: dict[str, int], batch_size: int) -> None:
+    """Refuse a plan that does not divide, naming axis, number and the nearest mesh size that works.
+
+    Raises:
+        ConfigError: a model dimension or the batch does not divide by the mesh axis that shards it.
+    """
+    fsdp, tensor = sizes["fsdp"], sizes["tensor"]
+    demands = [
+        ("model.width", model.width, "fsdp", fsdp),
+        ("model.kv_heads", model.kv_heads, "tensor", tensor),
+        ("model.mlp_width", model.mlp_width, "tensor", tensor),
+        ("train.batch_size (per micro-batch)", batch_size, "replica x fsdp", sizes["replica"] * fsdp),
+    ]
+    for name, number, axis, size in demands:
+        if number % size:
+            nearest = max(d for d in range(1, size + 1) if number % d == 0)
+            raise ConfigError(
+                f"{name} = {number} does not divide by the mesh axis {axis} = {size}",
+                remedy=f"the nearest {axis} size that divides {number} is {nearest}",
+            )
+
+
+def padded(count: int, multiple: int = 128) -> int:
+    """``count`` rounded up, so that tables divide over the mesh and catalogues of one size class share a compilation."""
+    return max(multiple, -(-count // multiple) * multiple)

@@ -1,0 +1,194 @@
+"""From a source to a prepared data set: read, clean, split, features, tokeniser, instruction records.
+
+A prepared folder is complete or absent: everything is built beside it and moved into place, the manifest last.
+
+    manifest.json      config hash, statistics, cleaning steps with counts, examples by family
+    data/              split interactions, items, users, tags (Parquet)
+    tokenizer/         Hugging Face tokeniser
+    item_features.npy  [I, Fc]; user_features.npz
+    records/           instruction examples of the training split (ArrayRecord, a TFDS data set)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from instructrec_jax.config import Config
+from instructrec_jax.data import features as feature_tables
+from instructrec_jax.data import records, sources, store, tokenizer
+from instructrec_jax.data.cleaning import clean
+from instructrec_jax.data.features import UserFeatures
+from instructrec_jax.data.schema import SplitData
+from instructrec_jax.data.splits import split
+from instructrec_jax.errors import ConfigError, DataError
+from instructrec_jax.files import read_json, sha256, write_json
+from instructrec_jax.instructions.build import FAMILIES, Builder
+from instructrec_jax.instructions.example import InstructionExample
+
+Say = Callable[[str], None]
+Progress = Callable[[str, int, Iterator], Iterator]  # label, expected length, iterator -> the same items
+
+_FILES = (
+    "item_features.npy",
+    "user_features.npz",
+    "tokenizer/tokenizer.json",
+)  # data/ and records/ have their own manifests
+_TOKENIZER_SAMPLE = 20_000  # rendered examples that the tokeniser is trained on, beside all titles
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared data set, loaded."""
+
+    folder: Path
+    data: SplitData
+    text: tokenizer.Text
+    item_features: Float[np.ndarray, "I Fc"]
+    users: UserFeatures
+    manifest: dict[str, Any]
+
+    @property
+    def records(self) -> Path:
+        """Folder of the instruction records."""
+        return self.folder / "records"
+
+    def builder(self, config: Config) -> Builder:
+        """Prompts over this data set."""
+        tokens = self.users.tokens if self.users.names else None
+        return Builder(self.data, config.instructions, config.data.domain, tokens)
+
+
+def prepare(config: Config, say: Say, progress: Progress | None = None) -> Prepared:
+    """Build the prepared data set of a config, replacing an older one of the same name.
+
+    Raises:
+        DataError: bad input, naming file, row and column.
+        ConfigError: settings that do not fit the data.
+    """
+    final = config.prepared_dir
+    _check_replaceable(final)
+    raw = clean(sources.read(config.data, config.name), config.data.clean)
+    data = split(raw, config.data.split)
+    for step in data.steps:
+        say(f"  {step.name}: {step.interactions[0]:,} → {step.interactions[1]:,} interactions, {step.users[0]:,} → {step.users[1]:,} "
+            f"users, {step.items[0]:,} → {step.items[1]:,} items{'; ' + step.detail if step.detail else ''}")  # fmt: skip
+
+    fresh = final.with_name(f".{final.name}.{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        store.save_split(data, fresh / "data")
+        say("  item and user features")
+        item_features = feature_tables.item_features(
+            data, config.model.content_features, config.model.cooccurrence_features
+        )
+        users = feature_tables.user_features(data)
+        np.save(fresh / "item_features.npy", item_features)
+        np.savez(fresh / "user_features.npz", names=np.asarray(users.names, str), index=users.index, value=users.value)
+
+        builder = Builder(data, config.instructions, config.data.domain, users.tokens if users.names else None)
+        say("  tokeniser")
+        tokenizer.train(_texts(data, builder), config.model.vocab_size, fresh / "tokenizer")
+        examples = _Examples(builder, config, progress)
+        manifest = records.write(
+            examples,
+            fresh / "records",
+            config_hash=config.data_hash(),
+            seed=config.instructions.seed,
+            shard_records=config.instructions.shard_records,
+        )
+        say(f"  {manifest['records']:,} instruction examples in {len(manifest['shards'])} shard(s)"
+            + (f"; without words to say: {dict(builder.skipped)}" if builder.skipped else ""))  # fmt: skip
+        write_json(
+            fresh / "manifest.json",
+            {
+                "name": config.name,
+                "config_hash": config.data_hash(),
+                "statistics": store.statistics(data),
+                "steps": [asdict(step) for step in data.steps],
+                "examples": dict(builder.written),
+                "skipped": dict(builder.skipped),
+                "files": {name: sha256(fresh / name) for name in _FILES},
+            },
+        )
+        if final.exists():
+            shutil.rmtree(final)
+        fresh.replace(final)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return load(config)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Only a folder that ``prepare`` wrote may be replaced as a whole."""
+    ours = {"manifest.json", "data", "records", "tokenizer", *_FILES}
+    if folder.exists() and (not folder.is_dir() or any(p.name not in ours for p in folder.iterdir())):
+        raise ConfigError(
+            f"{folder} is there and is not a prepared data set", remedy="choose another name or prepared folder"
+        )
+
+
+class _Examples:
+    """The builder's stream with a length hint (for the number of shards) and progress."""
+
+    def __init__(self, builder: Builder, config: Config, progress: Progress | None):
+        self._builder, self._progress = builder, progress
+        share = config.instructions.copies + sum(getattr(config.instructions, family) for family in FAMILIES)
+        self.expected = round(builder.num_windows * share)
+
+    def __call__(self) -> Iterator[InstructionExample]:
+        stream = self._builder.training_examples()
+        return self._progress("  instructions", self.expected, stream) if self._progress else stream
+
+
+def _texts(data: SplitData, builder: Builder) -> Iterator[str]:
+    yield from data.catalogue.titles
+    yield from (tag for _, _, tag in data.tags)
+    total = max(builder.num_windows * 3, 1)
+    # Evenly spaced over the stream, so that every family is in the sample.
+    every = max(1, total // _TOKENIZER_SAMPLE)
+    for example in islice(builder.training_examples(), 0, None, every):
+        yield example.prompt
+        if example.answer:
+            yield example.answer
+
+
+def load(config: Config) -> Prepared:
+    """Load a prepared data set and check that it belongs to this config.
+
+    Raises:
+        DataError: it is absent, incomplete, damaged, or was made with other data, instruction or feature settings.
+    """
+    folder = config.prepared_dir
+    remedy = "run `instructrec data prepare CONFIG` with the same settings"
+    if not (folder / "manifest.json").is_file():
+        raise DataError("there is no prepared data set here", file=folder, remedy=remedy)
+    manifest = read_json(folder / "manifest.json", remedy)
+    if manifest.get("config_hash") != config.data_hash():
+        raise DataError(
+            f"the prepared data has config hash {manifest.get('config_hash')}, this config has {config.data_hash()}",
+            file=folder / "manifest.json",
+            remedy=remedy,
+        )
+    for name, expected in manifest.get("files", {}).items():
+        if not (folder / name).is_file():
+            raise DataError("missing, but manifest.json lists it", file=folder / name, remedy=remedy)
+        if (found := sha256(folder / name)) != expected:
+            raise DataError(
+                f"damaged or changed: sha256 {found}, manifest.json says {expected}", file=folder / name, remedy=remedy
+            )
+    data = store.load_split(folder / "data")
+    with np.load(folder / "user_features.npz") as arrays:
+        users = UserFeatures([str(n) for n in arrays["names"]], arrays["index"], arrays["value"])
+    return Prepared(
+        folder, data, tokenizer.load(folder / "tokenizer"), np.load(folder / "item_features.npy"), users, manifest
+    )

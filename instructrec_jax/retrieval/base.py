@@ -1,0 +1,71 @@
+"""What every classic recommender offers, and the matrices they learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, Self
+
+import numpy as np
+import scipy.sparse as sp
+from jaxtyping import Float, Int
+
+from instructrec_jax.data.schema import TRAIN, VALID, SplitData
+from instructrec_jax.errors import UserError
+
+
+class Recommender(Protocol):
+    """A classic recommender. Fit once, then score any history, also one of a user who was not there at the fit."""
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        ...
+
+    def fit(self, data: SplitData, include_valid: bool = False) -> Self:
+        """Learn from the training events; with ``include_valid`` also from the validation events (for the test
+        split).
+        """
+        ...
+
+    def score(
+        self, histories: Sequence[Int[np.ndarray, " n"]], users: Int[np.ndarray, " cases"] | None = None
+    ) -> Float[np.ndarray, "cases I"]:
+        """float32 scores of the whole catalogue, higher is better. ``histories``: item indices, oldest first, one per
+        case.
+        """
+        ...
+
+
+def training_events(data: SplitData, include_valid: bool) -> np.ndarray:
+    """Mask of the events a recommender may learn from."""
+    return (data.split == TRAIN) | (include_valid & (data.split == VALID))
+
+
+def training_matrix(data: SplitData, include_valid: bool) -> sp.csr_matrix:
+    """Binary users x items matrix, float32, of the training (and validation) events; repeats count once."""
+    use = training_events(data, include_valid)
+    matrix = sp.csr_matrix(
+        (np.ones(int(use.sum()), np.float32), (data.user[use], data.item[use])), shape=(data.num_users, data.num_items)
+    )
+    matrix.sum_duplicates()
+    matrix.data[:] = 1
+    return matrix
+
+
+def history_matrix(histories: Sequence[Int[np.ndarray, " n"]], items: int, last: int | None = None) -> sp.csr_matrix:
+    """Binary cases x items matrix, float32, of histories or of their newest ``last`` events."""
+    cut = [np.asarray(h, np.int64)[-last:] if last else np.asarray(h, np.int64) for h in histories]
+    rows = np.repeat(np.arange(len(cut)), [len(h) for h in cut])
+    columns = np.concatenate(cut) if cut else np.zeros(0, np.int64)
+    if len(columns) and (columns.min() < 0 or columns.max() >= items):
+        bad = int(np.flatnonzero((columns < 0) | (columns >= items))[0])
+        raise UserError(f"history {rows[bad]} holds item {columns[bad]}, the catalogue has {items}")
+    matrix = sp.csr_matrix((np.ones(len(columns), np.float32), (rows, columns)), shape=(len(cut), items))
+    matrix.sum_duplicates()
+    matrix.data[:] = 1
+    return matrix
+
+
+def not_fitted(name: str) -> UserError:
+    """The error of scoring before fitting."""
+    return UserError(f"{name} is not fitted", remedy="call fit(data) first")

@@ -1,0 +1,70 @@
+"""Examples for people to look at: users with their lists, and prompts with the loss mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from instructrec_jax.data.records import Records
+from instructrec_jax.data.schema import Cases, SplitData
+from instructrec_jax.data.tokenise import encode_example, task_of
+from instructrec_jax.evaluation.metrics import TargetRank
+from instructrec_jax.prepare import Prepared
+
+
+def sample_users(
+    data: SplitData,
+    cases: Cases,
+    histories: list[Int[np.ndarray, " n"]],
+    lists: Int[np.ndarray, "cases k"],
+    scores: Float[np.ndarray, "cases k"],
+    ranks: TargetRank,
+    count: int = 10,
+) -> list[dict[str, Any]]:
+    """``count`` cases, half of them hits in the list where there are so many, spread over the cases by a fixed seed."""
+    order = np.random.default_rng(0).permutation(len(cases))
+    hit = ranks.greater[order] < lists.shape[1]
+    chosen = np.concatenate([order[hit][: count // 2], order[~hit]])[:count]
+    titles = data.catalogue.titles
+    return [
+        {
+            "user_id": data.user_ids[int(cases.user[i])],
+            "history": [titles[int(x)] for x in histories[i][-10:]],
+            "list": [
+                {"title": titles[int(x)], "score": float(v)} for x, v in zip(lists[i][:10], scores[i][:10]) if x >= 0
+            ],
+            "truth": titles[int(cases.target[i])],
+            "rank": float(ranks.expected_rank[i]),
+        }
+        for i in chosen
+    ]
+
+
+def sample_prompts(prepared: Prepared, each: int = 1) -> list[dict[str, Any]]:
+    """``each`` training examples of every task, token by token: what kind it is, and which head is trained there."""
+    records = Records(prepared.records)
+    seen: dict[str, int] = {}
+    out = []
+    titles = prepared.data.catalogue.titles
+    for index in np.random.default_rng(0).permutation(len(records))[:2000]:
+        example = records[int(index)]
+        task = task_of(example)
+        if seen.get(task, 0) >= each:
+            continue
+        seen[task] = seen.get(task, 0) + 1
+        arrays = encode_example(example, prepared.text)
+        tokens = []
+        for position, token in enumerate(arrays["tokens"].tolist()):
+            item, feature = int(arrays["item"][position]), int(arrays["feature"][position])
+            if item:
+                text, kind = titles[item - 1], "item"
+            elif feature:
+                text, kind = prepared.users.names[feature - 1], "feature"
+            else:
+                text, kind = prepared.text.tokenizer.decode([token], skip_special_tokens=False), "word"
+            loss = "item" if arrays["item_target"][position] else "text" if arrays["text_target"][position] else ""
+            tokens.append({"text": text, "kind": kind, "loss": loss})
+        out.append({"template": example.template, "task": task, "language": example.language, "tokens": tokens})
+    return out

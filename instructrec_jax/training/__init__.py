@@ -1,0 +1,1 @@
+"""The mesh, the step, the loop, the checkpoints."""

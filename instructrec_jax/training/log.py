@@ -1,0 +1,99 @@
+"""What a run writes while it trains: JSON lines always, TensorBoard events by default, one line a step on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from instructrec_jax.config import ModelConfig
+from instructrec_jax.files import write_atomic
+from instructrec_jax.models.decoder import Sizes
+
+# Dense bf16 peak of one chip in FLOP/s, as the vendors publish it; matched against jax.Device.device_kind.
+PEAKS = {
+    "v5 lite": 197e12,
+    "v5e": 197e12,
+    "v5p": 459e12,
+    "v6": 918e12,
+    "v4": 275e12,
+    "h100": 989e12,
+    "h200": 989e12,
+    "a100": 312e12,
+}
+
+
+def format_seconds(seconds: float) -> str:
+    """``4:05`` or ``1:02:03``."""
+    whole = max(int(seconds), 0)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+class MetricsFile:
+    """``metrics.jsonl`` and TensorBoard events of one run. On resume, lines of steps that will be done again are dropped."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        from tensorboardX import SummaryWriter
+
+        self._path = folder / "metrics.jsonl"
+        kept = []
+        if self._path.exists():
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= resume_step:
+                        kept.append(line)
+                except (ValueError, KeyError):
+                    continue  # a line cut off by a kill
+        write_atomic(self._path, "".join(line + "\n" for line in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One JSON line, and one scalar per number for TensorBoard."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for key, value in values.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                self._board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._board.close()
+
+
+def peak_flops() -> float:
+    """FLOP/s of all devices: the published bf16 peak where the chip is known, else a float32 matrix multiply measured now."""
+    kind = jax.devices()[0].device_kind.lower()
+    for name, peak in PEAKS.items():
+        if name in kind:
+            return peak * jax.device_count()
+    a = jnp.ones((1024, 1024), jnp.float32)
+    multiply = jax.jit(lambda x: x @ x)
+    multiply(a).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        multiply(a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(seconds)
+
+
+def step_flops(
+    model: ModelConfig, sizes: Sizes, tokens: int, length: int, item_targets: float, text_targets: float
+) -> float:
+    """Analytic FLOPs of one training step: 6 per weight and token, attention halved for causality, heads only where they predict.
+
+    ``tokens`` counts the tokens that are not padding, so this divided by time and peak is the useful-token MFU.
+    """
+    layer = model.width * (2 * model.heads + 2 * model.kv_heads) * model.head_size + 3 * model.width * model.mlp_width
+    body = 6 * tokens * model.layers * (layer + model.heads * model.head_size * length)
+    heads = 6 * model.width * (item_targets * sizes.items + text_targets * sizes.vocab)
+    content = 6 * sizes.items * sizes.content * model.width
+    return body + heads + content

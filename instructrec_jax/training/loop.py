@@ -1,0 +1,244 @@
+"""Training, in the order in which it happens. There is no Trainer: this function is the loop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from instructrec_jax.config import Config, dump, to_dict
+from instructrec_jax.data.tokenise import TASKS
+from instructrec_jax.errors import ConfigError, UserError
+from instructrec_jax.files import write_atomic, write_json
+from instructrec_jax.models.decoder import Sizes
+from instructrec_jax.models.sharding import check_divides
+from instructrec_jax.training.checkpoint import Checkpoints, check_writable
+from instructrec_jax.training.log import MetricsFile, format_seconds, peak_flops, step_flops
+from instructrec_jax.training.mesh import mesh_sizes
+from instructrec_jax.training.step import State, init_state, make_train_step, put_batch
+
+Validate = Callable[[Any], dict[str, float]]  # params -> {"ndcg@10": ..., "hr@10": ...}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a call of ``train`` ended."""
+
+    step: int
+    best_step: int | None
+    best: dict[str, float]
+    stopped: bool  # True: SIGTERM or SIGINT; the same command resumes
+
+
+class StopRequest:
+    """Remembers SIGTERM and SIGINT, so that the loop can save at a step boundary. A second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def release(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def train(
+    config: Config,
+    run_dir: Path,
+    *,
+    batches: Iterator[dict[str, np.ndarray]],
+    content: jax.Array,
+    sizes: Sizes,
+    num_items: int,
+    validate: Validate,
+    say: Callable[[str], None],
+) -> Finished:
+    """Train until ``config.train.steps``, resuming from the run's last complete checkpoint.
+
+    Args:
+        config: the resolved config; written to ``run_dir/config.yaml`` and into every checkpoint.
+        run_dir: where checkpoints, ``metrics.jsonl`` and TensorBoard events go.
+        batches: this process's loader; its position is saved with the state.
+        content: item features ``[I, Fc]`` on the mesh. Call inside ``jax.set_mesh``.
+        sizes: table sizes; ``num_items`` is the number of real items in the padded item table.
+        num_items: real items.
+        validate: metrics of given parameters on the validation split.
+        say: prints one line.
+
+    Raises:
+        UserError: a loss that is not finite (with the step window), a plan that does not divide, a folder that cannot be written.
+    """
+    settings = config.train
+    started = time.perf_counter()
+
+    # --------------------------------------------------------------------------------------------------- check the plan
+    mesh = mesh_sizes(config.mesh, jax.device_count())
+    if settings.batch_size % settings.accumulate:
+        raise ConfigError(
+            f"train.batch_size = {settings.batch_size} does not divide into train.accumulate = {settings.accumulate} parts"
+        )
+    if settings.sequence_length % settings.logits_chunk:
+        raise ConfigError(
+            f"train.sequence_length = {settings.sequence_length} is not a multiple of train.logits_chunk = {settings.logits_chunk}"
+        )
+    check_divides(config.model, mesh, settings.batch_size // settings.accumulate)
+
+    # -------------------------------------------------------------------------------------- state: fresh, or the last saved
+    state: State = init_state(config, sizes, content, settings.seed)
+    state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
+    check_writable(run_dir, state_bytes * (settings.keep + 2))
+    write_atomic(run_dir / "config.yaml", dump(config))
+    checkpoints = Checkpoints(run_dir / "checkpoints", settings.keep)
+    parameters = sum(x.size for x in jax.tree.leaves(state["params"]))
+    say(f"{parameters:,} parameters, {state_bytes / 1e6:.1f} MB of state; mesh {mesh}; {settings.batch_size} rows x "
+        f"{settings.sequence_length} tokens a step in {settings.accumulate} micro-batch(es)")  # fmt: skip
+    first = checkpoints.latest() or 0
+    if first:
+        state = checkpoints.restore(first, state, batches)
+        say(f"resumed from step {first}")
+    if first >= settings.steps:
+        say(f"nothing to do: the run is at step {first} of {settings.steps}")
+
+    # ------------------------------------------------------------------------------------------------------ the train loop
+    train_step = make_train_step(config, sizes, num_items)
+    metrics_file = MetricsFile(run_dir, first)
+    peak = peak_flops()
+    stop = StopRequest()
+    best: dict[str, float] = {}
+    window = Window()
+    step = saved = first
+    try:
+        while step < settings.steps and not stop.name:
+            waited = time.perf_counter()
+            batch = put_batch(next(batches), settings.accumulate)
+            window.waited += time.perf_counter() - waited
+            state, metrics = train_step(state, batch, content)
+            window.add(metrics)
+            step += 1
+
+            if step % settings.log_every == 0 or step == settings.steps:
+                values = window.summary(step, config, sizes, peak)
+                metrics_file.write(step, values)
+                done = step - first
+                eta = (settings.steps - step) * (time.perf_counter() - started) / max(done, 1)
+                say(log_line(step, settings.steps, values, eta))
+                window = Window()
+
+            if step % settings.eval_every == 0 or step == settings.steps:
+                begun = time.perf_counter()
+                best = validate(state["params"])
+                metrics_file.write(
+                    step, {f"valid_{k}": v for k, v in best.items()} | {"valid_seconds": time.perf_counter() - begun}
+                )
+                say(f"step {step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in best.items()))
+                checkpoints.save(step, state, batches, to_dict(config), best)
+                saved = step
+                window.restart_clock()
+            elif step % settings.checkpoint_every == 0:
+                checkpoints.save(step, state, batches, to_dict(config), None)
+                saved = step
+        if stop.name and saved != step:
+            checkpoints.save(step, state, batches, to_dict(config), None)
+    finally:
+        stop.release()
+        metrics_file.close()
+        checkpoints.wait()
+
+    # ------------------------------------------------------------------------------------------------------------- the end
+    if stop.name:
+        say(f"{stop.name}: saved step {step}; the same command continues from there")
+    best_step = checkpoints.best()
+    best = checkpoints.metrics(best_step) if best_step is not None else {}
+    seconds = time.perf_counter() - started
+    write_json(
+        run_dir / "finished.json", {"step": step, "best_step": best_step, "best": best, "seconds_this_call": seconds}
+    )
+    checkpoints.close()
+    return Finished(step, best_step, best, bool(stop.name))
+
+
+class Window:
+    """Metrics of the steps since the last log line, kept on the device until they are printed."""
+
+    def __init__(self) -> None:
+        self._metrics: list[dict[str, jax.Array]] = []
+        self._began = time.perf_counter()
+        self.waited = 0.0
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        """Take one step's metrics without waiting for them."""
+        self._metrics.append(metrics)
+
+    def restart_clock(self) -> None:
+        """Leave validation out of the step time of a window that has no steps yet."""
+        if not self._metrics:
+            self._began = time.perf_counter()
+
+    def summary(self, step: int, config: Config, sizes: Sizes, peak: float) -> dict[str, float]:
+        """Means over the window, after checking that every step was finite."""
+        host = jax.device_get(self._metrics)
+        seconds = time.perf_counter() - self._began
+        loss = np.asarray([m["loss"] for m in host])
+        norm = np.asarray([m["grad_norm"] for m in host])
+        if not (np.isfinite(loss).all() and np.isfinite(norm).all()):
+            bad = step - len(host) + 1 + int(np.argmax(~(np.isfinite(loss) & np.isfinite(norm))))
+            raise UserError(
+                f"loss or gradient became NaN or infinite at step {bad} (window {step - len(host) + 1}..{step})",
+                remedy="resume from the last checkpoint with a lower train.learning_rate, or more train.warmup_steps",
+            )
+
+        def total(name: str) -> Any:
+            return sum(np.asarray(m[name], np.float64) for m in host)
+
+        tokens = float(total("useful_tokens"))
+        capacity = len(host) * config.train.batch_size * config.train.sequence_length
+        # The mean distance that attention covers within a row is not known here; half the row bounds it.
+        flops = step_flops(
+            config.model,
+            sizes,
+            int(tokens),
+            config.train.sequence_length // 2,
+            float(total("item_count")),
+            float(total("text_count")),
+        )
+        values = {
+            "loss": float(loss.mean()),
+            "item_loss": float(total("item_loss") / max(total("item_count"), 1)),
+            "text_loss": float(total("text_loss") / max(total("text_count"), 1)),
+            "grad_norm": float(norm.mean()),
+            "learning_rate": float(host[-1]["learning_rate"]),
+            "step_seconds": seconds / len(host),
+            "tokens_per_second": tokens / seconds,
+            "useful_share": tokens / capacity,
+            "useful_mfu": flops / seconds / peak,
+            "input_stall": self.waited / seconds,
+        }
+        for head in ("item", "text"):
+            task_loss, task_count = total(f"{head}_task_loss"), total(f"{head}_task_count")
+            for number, task in enumerate(TASKS, start=1):
+                if task_count[number]:
+                    values[f"{head}_loss/{task}"] = float(task_loss[number] / task_count[number])
+        return {k: v for k, v in values.items() if math.isfinite(v)}
+
+
+def log_line(step: int, steps: int, values: dict[str, float], eta: float) -> str:
+    """The one line of a log step."""
+    return (
+        f"step {step:>6}/{steps} {100 * step / steps:3.0f}% | loss {values['loss']:.3f} (item {values['item_loss']:.3f}, "
+        f"text {values['text_loss']:.3f}) | lr {values['learning_rate']:.1e} | {1e3 * values['step_seconds']:.0f} ms/step | "
+        f"{values['tokens_per_second']:,.0f} tok/s | MFU {100 * values['useful_mfu']:.0f}% | "
+        f"input stall {100 * values['input_stall']:.1f}% | ETA {format_seconds(eta)}"
+    )

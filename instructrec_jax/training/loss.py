@@ -1,0 +1,105 @@
+"""Chunked cross-entropy on answer words and on every predicted item: logits never exist for more than a chunk of positions.
+
+Both heads work alike. In every row the positions that predict something are moved to the front, so that trailing chunks without
+targets are skipped at run time; the others hold ``[B, chunk, V]`` or ``[B, chunk, I]`` logits, recomputed in the backward pass.
+Losses are *sums* with their weights: whoever combines micro-batches or devices divides once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from instructrec_jax.models.decoder import Output, item_logits, word_logits
+from instructrec_jax.models.sharding import lookup, rows_by_index
+
+NUM_TASKS = 8  # task numbers are 1-based and small; 0 is padding
+
+
+class Sums(NamedTuple):
+    """Summed loss and number of targets, in total and by task."""
+
+    loss: Float[Array, ""]
+    count: Float[Array, ""]
+    task_loss: Float[Array, " tasks"]
+    task_count: Float[Array, " tasks"]
+
+
+def word_loss(out: Output, batch: dict[str, jax.Array], chunk: int) -> Sums:
+    """−log softmax(words)[target], summed over positions with a ``text_target``."""
+
+    def nll(hidden: jax.Array, target: jax.Array) -> jax.Array:
+        logits = word_logits(hidden, out)
+        chosen = jnp.sum(hidden.astype(jnp.float32) * lookup(out.word_head, target), axis=-1)
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    return _chunked(out.hidden, batch["text_target"], batch["task"], nll, chunk)
+
+
+def item_loss(out: Output, batch: dict[str, jax.Array], count: int, smoothing: float, chunk: int) -> Sums:
+    """Full-catalogue softmax cross-entropy −log R_target, summed over positions with an ``item_target``.
+
+    With smoothing ε the target distribution is (1 − ε) on the target and ε spread evenly over the ``count`` real items.
+    """
+    real = (jnp.arange(out.item_vectors.shape[0]) < count)[:, None]
+    mean_vector = jnp.sum(jnp.where(real, out.item_vectors, 0), axis=0) / count
+    mean_bias = jnp.sum(jnp.where(real[:, 0], out.item_bias, 0)) / count
+
+    def nll(hidden: jax.Array, target: jax.Array) -> jax.Array:
+        wide = hidden.astype(jnp.float32)
+        index = jnp.maximum(target - 1, 0)
+        normaliser = jax.nn.logsumexp(item_logits(hidden, out, count), axis=-1)
+        chosen = jnp.sum(wide * lookup(out.item_vectors, index), axis=-1)
+        chosen = chosen + lookup(out.item_bias[:, None], index)[..., 0]
+        average = jnp.einsum("bsd,d->bs", wide, mean_vector) + mean_bias
+        return normaliser - (1 - smoothing) * chosen - smoothing * average
+
+    return _chunked(out.hidden, batch["item_target"], batch["task"], nll, chunk)
+
+
+def _chunked(
+    hidden: Float[Array, "B S D"],
+    target: Int[Array, "B S"],
+    task: Int[Array, "B S"],
+    nll: Callable[[jax.Array, jax.Array], jax.Array],
+    chunk: int,
+) -> Sums:
+    """Sum ``nll`` over positions whose target is not 0, ``chunk`` positions of every row at a time."""
+    batch, length = target.shape
+    chunk = min(chunk, length)
+    if length % chunk:
+        raise ValueError(f"train.sequence_length = {length} must be a multiple of train.logits_chunk = {chunk}")
+    order = jnp.argsort(target == 0, axis=1, stable=True)
+    parts = [rows_by_index(x, order) for x in (hidden, target, task)]
+    # Chunk axis first, for the scan.
+    parts = [jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0) for x in parts]
+
+    def compute(hidden: jax.Array, target: jax.Array, task: jax.Array) -> Sums:
+        weight = (target > 0).astype(jnp.float32)
+        loss = nll(hidden, target) * weight
+        by_task = (task[..., None] == jnp.arange(NUM_TASKS)).astype(jnp.float32)
+        return Sums(
+            loss.sum(),
+            weight.sum(),
+            jnp.einsum("bs,bst->t", loss, by_task, out_sharding=jax.P(None)),
+            jnp.einsum("bs,bst->t", weight, by_task, out_sharding=jax.P(None)),
+        )
+
+    def nothing(hidden: jax.Array, target: jax.Array, task: jax.Array) -> Sums:
+        del hidden, target, task
+        return _zero_sums()
+
+    @jax.checkpoint
+    def step(total: Sums, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Sums, None]:
+        sums = jax.lax.cond(jnp.any(part[1] > 0), compute, nothing, *part)
+        return jax.tree.map(jnp.add, total, sums), None
+
+    return jax.lax.scan(step, _zero_sums(), tuple(parts))[0]
+
+
+def _zero_sums() -> Sums:
+    return Sums(jnp.float32(0), jnp.float32(0), jnp.zeros(NUM_TASKS), jnp.zeros(NUM_TASKS))

@@ -1,0 +1,144 @@
+"""One training step as a pure function: state and batch in, state and metrics out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import P
+from jaxtyping import Array, Float, Int
+
+from instructrec_jax.config import Config, TrainConfig
+from instructrec_jax.models.decoder import Decoder, Sizes, apply
+from instructrec_jax.models.sharding import BATCH, RULES
+from instructrec_jax.training import loss as losses
+
+State = dict[str, Any]  # {"params": tree, "opt": tree, "step": int32 scalar}
+Batch = dict[str, Array]  # every value [A, B/A, S]: A micro-batches
+BATCH_SPEC = P(None, BATCH, None)
+
+
+def schedule(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up, then cosine decay to ``final_lr_fraction``; defined for any number of steps."""
+    warmup = min(config.warmup_steps, max(config.steps // 2, 1))
+    return optax.warmup_cosine_decay_schedule(
+        0.0,
+        config.learning_rate,
+        warmup,
+        max(config.steps, warmup + 1),
+        config.learning_rate * config.final_lr_fraction,
+    )
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Gradient clipping by global norm, then AdamW; norms, biases and single vectors are not decayed."""
+
+    def decayed(params: Any) -> Any:
+        def leaf(path: tuple, x: Any) -> bool:
+            name = jax.tree_util.keystr(path)
+            return not any(part in name for part in ("norm", "bias", "unknown_item"))
+
+        return jax.tree_util.tree_map_with_path(leaf, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(schedule(config), config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decayed),
+    )
+
+
+def empty_batch(rows: int, length: int) -> Batch:
+    """A micro-batch of padding, for initialisation without data."""
+    ints = ("tokens", "item", "feature", "text_target", "item_target", "task", "segment_ids", "positions")
+    kinds = {**dict.fromkeys(ints, jnp.int32), "feature_value": jnp.float32}
+    return {k: jnp.zeros((rows, length), dtype, out_sharding=RULES.ids_bs) for k, dtype in kinds.items()}
+
+
+def init_params(config: Config, sizes: Sizes, content: Float[Array, "I Fc"], seed: int) -> Any:
+    """Fresh parameters, every leaf born with its sharding."""
+    model = Decoder(config.model, sizes)
+    rows = config.train.batch_size // config.train.accumulate
+
+    def init(key: Array, content: Array) -> Any:
+        return model.init(key, empty_batch(rows, 8), content)["params"]
+
+    return jax.jit(init)(jax.random.key(seed), content)
+
+
+def init_state(config: Config, sizes: Sizes, content: Float[Array, "I Fc"], seed: int) -> State:
+    """Fresh parameters and optimiser state at step 0."""
+    params = init_params(config, sizes, content, seed)
+    # Jitted, tx.init would put the moments on one device; eagerly they keep the parameters' sharding.
+    opt = optimizer(config.train).init(params)
+    replicated = jax.NamedSharding(jax.sharding.get_mesh(), P())
+    opt = jax.tree.map(lambda x: jax.device_put(x, replicated) if x.ndim == 0 else x, opt)
+    return {"params": params, "opt": opt, "step": jax.device_put(jnp.int32(0), replicated)}
+
+
+def make_train_step(
+    config: Config, sizes: Sizes, num_items: int
+) -> Callable[[State, Batch, Array], tuple[State, dict[str, Array]]]:
+    """The jitted step ``(state, batch, content) -> (state, metrics)``; the state is donated.
+
+    loss = w_item · Σ item_nll / Σ item targets + w_text · Σ text_nll / Σ text targets, where the denominators are counted over the
+    whole batch before the first micro-batch: accumulation gives the full-batch gradient, however targets are spread.
+    """
+    train = config.train
+    model = Decoder(config.model, sizes, train=True)
+    tx = optimizer(train)
+    rate = schedule(train)
+
+    def micro_loss(
+        params: Any, batch: Batch, content: Array, key: Array, totals: tuple[Array, Array]
+    ) -> tuple[Array, Any]:
+        out = apply(model, params, batch, content, rngs={"dropout": key})
+        item = losses.item_loss(out, batch, num_items, train.label_smoothing, train.logits_chunk)
+        text = losses.word_loss(out, batch, train.logits_chunk)
+        loss = train.item_loss_weight * item.loss / totals[0] + train.text_loss_weight * text.loss / totals[1]
+        return loss, {"item": item._asdict(), "text": text._asdict()}
+
+    def step(state: State, batch: Batch, content: Array) -> tuple[State, dict[str, Array]]:
+        totals = tuple(
+            jnp.maximum(jnp.sum(batch[k] > 0).astype(jnp.float32), 1.0) for k in ("item_target", "text_target")
+        )
+        key = jax.random.fold_in(jax.random.key(train.seed), state["step"])
+        grad = jax.value_and_grad(micro_loss, has_aux=True)
+
+        def accumulate(carry: tuple, part: tuple[Batch, Int[Array, ""]]) -> tuple[tuple, None]:
+            micro, number = part
+            (loss, sums), grads = grad(state["params"], micro, content, jax.random.fold_in(key, number), totals)
+            return jax.tree.map(jnp.add, carry, (loss, sums, grads)), None
+
+        count = batch["tokens"].shape[0]
+        if count == 1:
+            (loss, sums), grads = grad(
+                state["params"], {k: v[0] for k, v in batch.items()}, content, jax.random.fold_in(key, 0), totals
+            )
+        else:
+            zero = losses._zero_sums()._asdict()
+            start = (jnp.float32(0), {"item": zero, "text": zero}, jax.tree.map(jnp.zeros_like, state["params"]))
+            (loss, sums, grads), _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(count)))
+
+        updates, opt = tx.update(grads, state["opt"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": rate(state["step"]),
+            "useful_tokens": jnp.sum(batch["segment_ids"] > 0),
+            **{f"{head}_{k}": v for head, part in sums.items() for k, v in part.items()},
+        }
+        return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def put_batch(batch: dict[str, Any], accumulate: int) -> Batch:
+    """Host arrays ``[B, S]`` of this process as global arrays ``[A, B/A, S]`` on the mesh."""
+    sharding = jax.NamedSharding(jax.sharding.get_mesh(), BATCH_SPEC)
+    return {
+        k: jax.make_array_from_process_local_data(sharding, v.reshape(accumulate, v.shape[0] // accumulate, v.shape[1]))
+        for k, v in batch.items()
+    }

@@ -1,0 +1,164 @@
+"""Nothing of the target, of later events or of ids is in a prompt, beyond what its template declares."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+
+from instructrec_jax.config import InstructionConfig
+from instructrec_jax.data.schema import TEST, TRAIN, VALID, Catalogue
+from instructrec_jax.instructions.build import Builder
+from instructrec_jax.instructions.example import Feature
+from instructrec_jax.instructions.templates import load_templates
+from tests.small_split import small_split
+
+CONFIG = InstructionConfig(
+    languages=("en", "zh"),
+    history_items=8,
+    short_history_items=5,
+    candidates=6,
+    search=4,
+    rerank=4,
+    pointwise=2,
+    describe=2,
+    profile=2,
+)
+TEMPLATES = load_templates()
+FEATURES = (Feature(0, 1.0), Feature(1, -0.5))
+
+
+def replaced(data, user, end, shift):
+    """The data with the user's events from ``end`` on replaced by other items."""
+    item, stop = data.item.copy(), data.offsets[user + 1]
+    item[end:stop] = (item[end:stop] + shift) % data.num_items
+    return replace(data, item=item)
+
+
+def prompt(builder, template, user, end, **fixed):
+    target = int(builder.data.item[end])
+    slots = builder.slots(template, user, end, target, features=FEATURES, **fixed)
+    return slots and builder.example(template, slots, user=user, target=target, about_user=True)
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: f"{t.language}-{t.id}")
+@pytest.mark.parametrize("items_as", ["token", "title", "both"])
+def test_target_and_future_do_not_show(template, items_as):
+    data = small_split()
+    fixed: dict = {}
+    if template.reads_target:
+        fixed["wish"] = "declared words"
+    if "candidates" in template.reads:
+        fixed["candidates"] = (3, 1, 4)
+    if "item" in template.reads:
+        fixed["item"] = 5
+    changed_words = compared = 0
+    for user in range(data.num_users):
+        start, stop = int(data.offsets[user]), int(data.offsets[user + 1])
+        for end in range(start + 1, stop, 3):
+            one = Builder(data, CONFIG, "films", items_as=items_as)
+            other = Builder(replaced(data, user, end, 1 + end % 7), CONFIG, "films", items_as=items_as)
+            a, b = (prompt(x, template, user, end, **fixed) for x in (one, other))
+            assert a is not None and b is not None
+            assert (a.prompt, a.prompt_items, a.features) == (b.prompt, b.prompt_items, b.features)
+            compared += 1
+            if template.reads_target:
+                shown = {k: v for k, v in fixed.items() if k != "wish"}
+                a, b = (prompt(x, template, user, end, **shown) for x in (one, other))
+                changed_words += a is not None and b is not None and a.prompt != b.prompt
+    assert compared > 20
+    assert (changed_words > 0) == template.reads_target  # what is declared is really read
+
+
+@pytest.mark.parametrize("items_as", ["token", "title", "both"])
+def test_training_reads_training_events_only(items_as):
+    data = small_split(users=20)
+    item = data.item.copy()
+    held = data.split != TRAIN
+    item[held] = (item[held] + 11) % data.num_items
+    rating = np.where(held, 5.0, data.rating)
+    other = replace(data, item=item, rating=rating)
+    a, b = (list(Builder(d, CONFIG, "films", items_as=items_as).training_examples()) for d in (data, other))
+    assert a == b
+    for example in a:
+        train = set(data.history(example.user).tolist())
+        assert example.target == -1 or example.target in train
+        if example.task == "T2":
+            assert set(example.prompt_items) <= train
+
+
+def test_item_slots_come_before_the_target():
+    data = small_split(users=20)
+    for example in Builder(data, CONFIG, "films").training_examples():
+        if example.target < 0 or example.preference != "P1":
+            continue
+        events = data.history(example.user).tolist()
+        before = events[: events.index(example.target)]  # items do not repeat in this data
+        shown = [i for i in example.prompt_items if example.task != "T3" or i not in example.candidates]
+        assert set(shown) <= set(before)
+        if example.task == "T2":
+            assert shown == before[-CONFIG.short_history_items :]
+
+
+@pytest.mark.parametrize("split", [VALID, TEST])
+def test_evaluation_does_not_see_its_answer(split):
+    data = small_split()
+    cases = data.cases(split)
+    for user, end in zip(cases.user.tolist(), cases.end.tolist()):
+        a, b = (Builder(d, CONFIG, "films") for d in (data, replaced(data, user, end, 3)))
+        for kind in ("sequential", "describe", "taste", "cold"):
+            one, other = a.evaluation_prompt(kind, user, end), b.evaluation_prompt(kind, user, end)
+            assert (one.prompt, one.prompt_items) == (other.prompt, other.prompt_items)
+            assert one.target != other.target
+
+
+@pytest.mark.parametrize("items_as", ["token", "both"])
+def test_no_ids_in_the_text_and_none_behind_it(items_as):
+    data = small_split(users=20)
+    catalogue = data.catalogue
+    relabelled = replace(
+        data,
+        user_ids=[f"other{u}" for u in range(data.num_users)],
+        catalogue=replace(catalogue, item_ids=catalogue.item_ids[::-1]),
+    )
+    a, b = (list(Builder(d, CONFIG, "films", items_as=items_as).training_examples()) for d in (data, relabelled))
+    assert a == b
+    for example in a:
+        text = example.prompt + example.answer
+        assert not any(i in text for i in (*data.user_ids, *catalogue.item_ids))
+
+
+def test_order_of_the_catalogue_does_not_show():
+    """Shuffled rows: the same texts, and the same items under new numbers (but candidates, drawn by number)."""
+    data = small_split(users=20)
+    old = np.random.default_rng(1).permutation(data.num_items)  # old[new number] = old number
+    new = np.argsort(old)
+    catalogue = data.catalogue
+    shuffled = replace(
+        data,
+        catalogue=Catalogue(
+            item_ids=[catalogue.item_ids[i] for i in old],
+            titles=[catalogue.titles[i] for i in old],
+            table=catalogue.table.take(old),
+        ),
+        item=new[data.item],
+        tags=[(u, int(new[i]), t) for u, i, t in data.tags],
+    )
+    a, b = (list(Builder(d, CONFIG, "films").training_examples()) for d in (data, shuffled))
+    assert len(a) == len(b)
+    for one, other in zip(a, b):
+        assert (one.template, one.prompt, one.user) == (other.template, other.prompt, other.user)
+        if one.task == "T2":
+            assert tuple(new[list(one.prompt_items)].tolist()) == other.prompt_items
+            assert one.answer == other.answer
+
+
+def test_place_among_the_candidates_says_nothing():
+    data = small_split(users=300, longest=20)
+    config = replace(CONFIG, search=0, pointwise=0, describe=0, profile=0, rerank=10)
+    place = [e.candidates.index(e.target) for e in Builder(data, config, "films").training_examples() if e.task == "T3"]
+    count = np.bincount(place, minlength=config.candidates)
+    assert len(place) > 2000 and len(count) == config.candidates
+    assert chisquare(count).pvalue > 1e-3
+    low = np.asarray([e.target for e in Builder(data, config, "films").training_examples() if e.task == "T3"])
+    assert abs(np.corrcoef(low, place)[0, 1]) < 0.06  # nor does the number of the target decide its place
