@@ -17,6 +17,7 @@ from instructrec_jax.data.cleaning import codes, core_mask
 from instructrec_jax.data.schema import RawData
 from instructrec_jax.errors import DataError
 
+COMPUTE = 5e13  # floating-point operations of training: about a quarter of an hour on two cores
 CORE_KEEPS = 0.8  # the 5-core is taken where it keeps this share of the interactions
 
 
@@ -53,12 +54,16 @@ def auto_config(folder: Path) -> Config:
 
     # Histories: long enough for three quarters of the users, at most 64 items in a prompt.
     history = int(np.clip(16 * np.ceil(np.quantile(lengths, 0.75) / 16), 16, 64))
-    width = 64 if events < 300_000 else 128
-    tokens = 4096 if events < 300_000 else 8192
+    large = events >= 300_000
+    width = 128 if large and items < 5_000 else 64
+    tokens = 8192 if large else 4096
     length = 128 if history > 32 else 64
-    # About 60 passes over a small log; a large one converges in fewer, and time is finite.
-    passes = np.clip(60 * (100_000 / events) ** 0.5, 6, 60)
-    steps = int(np.clip(passes * events / (0.5 * tokens) / 50, 12, 50)) * 50
+    # About 100 passes over a small log; a large one converges in fewer. Half of the tokens of a batch predict an item.
+    targets = 0.5 * tokens
+    passes = float(np.clip(100 * (100_000 / events) ** 0.5, 8, 150))
+    # 3 matrix products per weight in a step, and the item logits once more for the recomputed backward pass.
+    flops = 8 * width * items * targets + 6 * tokens * 2 * (4 * width * width + 6 * width * width)
+    steps = 50 * int(np.clip(min(passes * events / targets, COMPUTE / flops) / 50, 16, 60))
     return Config(
         name=f"auto-{name}",
         data=dataclasses.replace(data, clean=clean, domain=_domain(raw)),
@@ -68,7 +73,7 @@ def auto_config(folder: Path) -> Config:
             heads=width // 32,
             kv_heads=width // 32,
             mlp_width=2 * width,
-            dropout=0.3 if events < 300_000 else 0.2,
+            dropout=0.2 if large else 0.3,
             cooccurrence_features=64,
         ),
         train=TrainConfig(

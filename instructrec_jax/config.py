@@ -293,7 +293,7 @@ def dump(config: Config) -> str:
 
 
 def parse_overrides(words: typing.Sequence[str]) -> dict[str, Any]:
-    """``--a.b 3 --c.d=x`` as ``{"a.b": 3, "c.d": "x"}``; values are read as YAML scalars or lists, those of text fields as they are."""
+    """``--a.b 3 --c.d=x`` as ``{"a.b": 3, "c.d": "x"}``; values are YAML, or plain text for text fields."""
     out: dict[str, Any] = {}
     rest = list(words)
     while rest:

@@ -13,7 +13,6 @@ model learns from training events alone and sees the validation event in the his
 from __future__ import annotations
 
 import json
-import logging
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -202,7 +201,6 @@ def file_name(protocol: str, split: int = TEST) -> str:
 
 def fit_baselines(s: Session, *, include_valid: bool, say: Say) -> dict[str, tuple[retrieval.Recommender, float]]:
     """The configured baselines, fitted, with their fit seconds. One that cannot be fitted here is named and left out."""
-    logging.getLogger("bm25s").setLevel(logging.WARNING)
     out: dict[str, tuple[retrieval.Recommender, float]] = {}
     ease: EASE | None = None
     for name in s.config.evaluate.baselines:

@@ -31,7 +31,7 @@ def sample_users(
     return [
         {
             "user_id": data.user_ids[int(cases.user[i])],
-            "history": [titles[int(x)] for x in histories[i][-10:]],
+            "history": [titles[int(x)] for x in histories[i][-20:]],
             "list": [
                 {"title": titles[int(x)], "score": float(v)} for x, v in zip(lists[i][:10], scores[i][:10]) if x >= 0
             ],
@@ -64,7 +64,8 @@ def sample_prompts(prepared: Prepared, each: int = 1) -> list[dict[str, Any]]:
                 text, kind = prepared.users.names[feature - 1], "feature"
             else:
                 text, kind = prepared.text.tokenizer.decode([token], skip_special_tokens=False), "word"
-            loss = "item" if arrays["item_target"][position] else "text" if arrays["text_target"][position] else ""
+            heads = [head for head in ("item", "text") if arrays[f"{head}_target"][position]]
+            loss = "+".join(heads)
             tokens.append({"text": text, "kind": kind, "loss": loss})
         out.append({"template": example.template, "task": task, "language": example.language, "tokens": tokens})
     return out

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
+import shutil
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -17,6 +20,12 @@ if "jax" in sys.modules:
 # Before jax is imported, here and in the processes that tests start.
 os.environ["JAX_PLATFORMS"] = os.environ.get("INSTRUCTREC_TEST_PLATFORM", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = str(DEVICES)
+# Many tests, and the processes that they start, compile the same functions: within one run they share the executables.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="instructrec-tests-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

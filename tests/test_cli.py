@@ -62,7 +62,8 @@ def test_a_file_of_lists_gives_the_metrics_of_its_maker(run_dir: Path) -> None:
     """The model's own lists, evaluated as a file, agree with the model's row."""
     call("evaluate", str(run_dir))
     lists = run_dir / "evaluation/full_model.csv.gz"
-    assert gzip.open(lists, "rt").readline().replace('"', "").startswith("user_id,item_id,score")
+    with gzip.open(lists, "rt") as file:
+        assert file.readline().replace('"', "").startswith("user_id,item_id,score")
     from_file = json.loads(
         call("evaluate", str(run_dir), "--recommendations", str(lists), "--json").strip().splitlines()[-1]
     )

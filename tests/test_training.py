@@ -132,7 +132,7 @@ def trained_params(config: Config, folder: Path, step: int) -> dict:
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(prepared: Path, tmp_path: Path) -> None:
-    config = tiny_config(prepared)
+    config = tiny_config(prepared, steps=60, eval_every=30, checkpoint_every=10)
     lines: list[str] = []
     run.train_run(config, tmp_path / "whole", lines.append)
 
@@ -146,9 +146,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(prepared: Path, tmp_path: Path
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("step      4"):
+        if line.startswith("step     12"):
             deadline = time.monotonic() + 60
-            while not list((tmp_path / "killed/checkpoints").glob("2*")) and time.monotonic() < deadline:
+            while not (tmp_path / "killed/checkpoints/10").exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
             process.kill()
             break

@@ -165,8 +165,9 @@ def user_features(data: SplitData) -> UserFeatures:
             known = numbers[fit & np.isfinite(numbers)]
             if len(known) == 0 or np.ptp(known) == 0:  # not std, which rounding may leave above 0
                 continue
-            index.append(np.where(np.isfinite(numbers), len(names), -1))
-            value.append(np.nan_to_num((numbers - known.mean()) / known.std()))
+            present = np.isfinite(numbers)
+            index.append(np.where(present, len(names), -1))
+            value.append((np.where(present, numbers, known.mean()) - known.mean()) / known.std())
             names.append(name)
         elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
             words = np.asarray([w or "" for w in column.to_pylist()], object)

@@ -2,7 +2,7 @@
 
 ``write`` streams examples through a ``tfds.core.GeneratorBasedBuilder`` into ``folder/instructions/1.0.0`` and finishes with
 ``manifest.json`` (counts, schema, seed, config hash, sha256 of each shard). A folder without a manifest is not complete.
-``open_records`` checks the shards against the manifest, so a truncated or corrupted shard is named before training starts.
+``Records`` checks the shards against the manifest, so a truncated or corrupted shard is named before training starts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from instructrec_jax.errors import DataError
+from instructrec_jax.errors import ConfigError, DataError
 from instructrec_jax.files import read_json, sha256, write_json
 from instructrec_jax.instructions.example import Feature, InstructionExample
 
@@ -123,9 +123,12 @@ def write(
 
     Raises:
         DataError: there is no example.
+        ConfigError: more shards than examples.
     """
     import tensorflow_datasets as tfds
 
+    if shard_records < 1:
+        raise ConfigError(f"instructions.shard_records = {shard_records}", remedy="at least 1")
     folder = Path(folder)
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -133,17 +136,20 @@ def write(
     tfds.display_progress_bar(False)
     builder = _builder_class()(examples, counts, data_dir=str(fresh), file_format="array_record")
     shards = {}
-    config = tfds.download.DownloadConfig(num_shards=1)
-    total_hint = getattr(examples, "expected", 0)
-    if total_hint > shard_records:
-        config = tfds.download.DownloadConfig(num_shards=-(-total_hint // shard_records))
+    num_shards = max(1, -(-getattr(examples, "expected", 0) // shard_records))
+    config = tfds.download.DownloadConfig(num_shards=num_shards)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it announces a "download"
             builder.download_and_prepare(download_config=config)
     except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        if isinstance(error, AssertionError) and not counts:
-            raise DataError("there is no instruction example to write", file=folder, remedy=_NO_EXAMPLES) from error
+        if isinstance(error, AssertionError) and sum(counts.values()) < num_shards:
+            if not counts:
+                raise DataError("there is no instruction example to write", file=folder, remedy=_NO_EXAMPLES) from error
+            raise ConfigError(
+                f"instructions.shard_records = {shard_records} asks for {num_shards} shards of {sum(counts.values())} examples",
+                remedy="use a larger number",
+            ) from error
         raise
     data_dir = fresh / NAME / VERSION
     for file in sorted(data_dir.glob("*.array_record*")):

@@ -1,8 +1,7 @@
 """Bootstrap intervals over users and a paired randomisation test, both by SciPy and both seeded.
 
-The unit is the **user**: where a user has several cases they are averaged first, so each user counts once and cases of
-    one user,
-which are not independent, do not make an interval look narrower than it is.
+The unit is the **user**: where a user has several cases they are averaged first, so each user counts once and cases
+of one user, which are not independent, do not make an interval look narrower than it is.
 """
 
 from __future__ import annotations
@@ -85,9 +84,8 @@ def bootstrap_means(
 ) -> dict[str, Interval]:
     """``bootstrap_mean`` of many metrics at once; metrics over the same users share the resamples.
 
-    All values alike: the interval is that value (a bootstrap cannot know what it has not seen: with n users and no hit
-        at all, the
-    true rate may still be as high as 3 / n).
+    All values alike: the interval is that value (a bootstrap cannot know what it has not seen: with n users and no
+    hit at all, the true rate may still be as high as 3 / n).
     """
     out: dict[str, Interval] = {}
     together: dict[int, list[tuple[str, np.ndarray]]] = {}
@@ -133,10 +131,9 @@ def paired_test(
 ) -> PairedTest:
     """Paired randomisation test of two systems over the same cases (``scipy.stats.permutation_test``).
 
-    Null hypothesis: for each user it is a coin toss which system gets which value, so the sign of each difference is
-        random
-    (Fisher's randomisation test; Smucker, Allan and Carterette, CIKM 2007). Two-sided; with few differing users all
-    sign patterns are enumerated and p is exact.
+    Null hypothesis: for each user it is a coin toss which system gets which value, so the sign of each difference
+    is random (Fisher's randomisation test; Smucker, Allan and Carterette, CIKM 2007). Two-sided; with few differing
+    users all sign patterns are enumerated and p is exact.
 
     Raises:
         UserError: the two have different numbers of cases.

@@ -123,10 +123,9 @@ def evaluate_lists(
     items.
 
     A relevant item that is not in the list earns nothing. A user without a list earns 0 and is counted. The list is
-    judged as it
-    was delivered: an item from the user's history, a repeat or an item outside the catalogue fills its place (their
-        rates are in
-    the row's values and notes). With one relevant item per user, HR, NDCG and MRR are those of ``metrics_at``.
+    judged as it was delivered: an item from the user's history, a repeat or an item outside the catalogue fills its
+    place (their rates are in the row's values and notes). With one relevant item per user, HR, NDCG and MRR are
+    those of ``metrics_at``.
 
     Raises:
         UserError: no user has events in the split, or a cutoff is larger than the lists are wide.

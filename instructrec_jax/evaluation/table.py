@@ -233,9 +233,8 @@ def summarise(
 def compare(rows: Sequence[Row], *, resamples: int = 2000, seed: int = 0) -> list[Comparison]:
     """Every system under test against the best baseline, for every accuracy metric that both have.
 
-    The best baseline is the one with the highest mean on these same cases, which favours the baseline: the p-value errs
-        on
-    the careful side. Several metrics are several tests; p is not corrected for that.
+    The best baseline is the one with the highest mean on these same cases, which favours the baseline: the p-value
+    errs on the careful side. Several metrics are several tests; p is not corrected for that.
     """
     out = []
     for row in (r for r in rows if not r.baseline):

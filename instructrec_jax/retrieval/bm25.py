@@ -6,6 +6,7 @@ and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009; th
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -80,6 +81,8 @@ class BM25:
         """
         import bm25s
         from bm25s.stopwords import STOPWORDS_EN
+
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets DEBUG
 
         if self.use_stopwords:
             self._stopwords = frozenset(STOPWORDS_EN)

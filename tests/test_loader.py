@@ -1,0 +1,241 @@
+"""Packed batches: the same for the same seed, exact after a restore, and nothing lost or mixed between segments."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from instructrec_jax.config import InstructionConfig
+from instructrec_jax.data import loader, records, tokenizer
+from instructrec_jax.data.loader import Batch, TokenisedRecords, training_iterator, useful_share
+from instructrec_jax.data.records import Records
+from instructrec_jax.data.tokenise import FIELDS
+from instructrec_jax.data.tokenizer import Text
+from instructrec_jax.errors import ConfigError, DataError
+from instructrec_jax.instructions.build import Builder
+from instructrec_jax.instructions.example import Feature
+from tests.small_split import small_split
+
+LENGTH, ROWS = 64, 4
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, Text]:
+    """Real instructions of a small data set: every family, items, features and answers in words."""
+    data = small_split(users=10)
+    config = InstructionConfig(history_items=12, short_history_items=6, describe=1.0, pointwise=0.5)
+    builder = Builder(data, config, "films", lambda user: (Feature(user % 3, 0.5 + user),))
+    folder = tmp_path_factory.mktemp("loader")
+    examples = list(builder.training_examples())
+    text = tokenizer.train([e.prompt for e in examples], 500, folder / "tokenizer")
+    records.write(lambda: iter(examples), folder / "records", config_hash="x", seed=0, shard_records=1000)
+    return folder / "records", text
+
+
+def batches(made: tuple[Path, Text], seed: int = 0, rows: int = ROWS, **more):
+    folder, text = made
+    return training_iterator(folder, text, batch_size=rows, sequence_length=LENGTH, seed=seed, **more)
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def as_bytes(arrays: dict[str, np.ndarray]) -> bytes:
+    return b"|".join(arrays[key].astype(dtype).tobytes() for key, dtype in FIELDS.items())
+
+
+def segments(batch: Batch) -> list[bytes]:
+    """Every packed example of a batch, as bytes of all its fields."""
+    out = []
+    for row in range(len(batch["tokens"])):
+        for number in range(1, batch["segment_ids"][row].max() + 1):
+            here = batch["segment_ids"][row] == number
+            out.append(as_bytes({key: batch[key][row][here] for key in FIELDS}))
+    return out
+
+
+def tokenised(made: tuple[Path, Text]) -> list[bytes]:
+    source = TokenisedRecords(Records(made[0]), made[1], LENGTH)
+    return [as_bytes(source[i]) for i in range(len(source))]
+
+
+# ------------------------------------------------------------------------------------------------------------- one batch
+
+
+def test_shapes_types_and_padding(made):
+    for batch in islice(batches(made), 10):
+        assert tuple(sorted(batch)) == tuple(sorted(loader.BATCH_KEYS))
+        assert {v.shape for v in batch.values()} == {(ROWS, LENGTH)}
+        assert all(batch[k].dtype == FIELDS[k] for k in FIELDS)
+        padding = batch["segment_ids"] == 0
+        for key, values in batch.items():
+            assert not values[padding].any(), key
+        assert (batch["tokens"][~padding] > 0).all()
+        assert (np.diff(padding.astype(int), axis=1) >= 0).all(), "padding is at the end of a row"
+        assert useful_share(batch) == 1 - padding.mean()
+
+
+def test_segments_count_from_one_and_positions_restart(made):
+    text = made[1]
+    for batch in islice(batches(made), 10):
+        for ids, positions, tokens in zip(batch["segment_ids"], batch["positions"], batch["tokens"]):
+            used = ids[ids > 0]
+            assert used[0] == 1 and set(np.diff(used)) <= {0, 1}
+            starts = np.flatnonzero(np.diff(used, prepend=0))
+            expected = np.arange(len(used)) - np.repeat(starts, np.diff(starts, append=len(used)))
+            assert positions[: len(used)].tolist() == expected.tolist()
+            assert np.flatnonzero(tokens == text.bos).tolist() == starts.tolist(), "every segment starts with <bos>"
+
+
+def test_rows_hold_several_examples_and_are_well_filled(made):
+    some = list(islice(batches(made, rows=16), 10))
+    assert np.mean([useful_share(b) for b in some]) > 0.75
+    assert np.mean([b["segment_ids"].max(1).mean() for b in some]) > 1
+
+
+# --------------------------------------------------------------------------------------------------------------- packing
+
+
+def drawn(made: tuple[Path, Text], epochs: int, **more) -> tuple[list[bytes], list[bytes]]:
+    """All tokenised examples, and the segments of the first batches that hold at least ``epochs`` times as many."""
+    every = tokenised(made)
+    out: list[bytes] = []
+    stream = batches(made, **more)
+    while len(out) < epochs * len(every):
+        out.extend(segments(next(stream)))
+    return every, out
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("rows", [4, 8])
+def test_nothing_is_lost_mixed_or_told_twice_in_an_epoch(made, rows, epochs):
+    """Batches are whole groups of packed rows, so that their examples are a beginning of the stream of epochs."""
+    every, out = drawn(made, epochs, rows=rows)
+    once, found = Counter(every), Counter(out)
+    assert set(found) == set(once), "every segment is one whole example with all its targets, and none is missing"
+    full, beyond = divmod(len(out), len(every))
+    assert full == epochs and beyond < len(every) / 2
+    for example, times in once.items():
+        assert times * full <= found[example] <= times * (full + 1), "no example comes twice before each came once"
+
+
+def test_epochs_are_shuffled_anew(made):
+    every, out = drawn(made, 2)
+    n = len(every)
+    assert out[:n] != every and out[:n] != out[n : 2 * n]
+
+
+def test_long_examples_are_cut_to_the_row(made):
+    folder, text = made
+    source = TokenisedRecords(Records(folder), text, 24)
+    sizes = [len(source[i]["tokens"]) for i in range(len(source))]
+    assert max(sizes) == 24
+    stream = training_iterator(folder, text, batch_size=4, sequence_length=24, seed=0)
+    known = {as_bytes(source[i]) for i in range(len(source))}
+    assert all(set(segments(batch)) <= known for batch in islice(stream, 20))
+
+
+def test_the_cache_changes_nothing(made):
+    folder, text = made
+    none, small, all_ = (TokenisedRecords(Records(folder), text, LENGTH, size) for size in (0, 5000, 1 << 30))
+    for _ in range(2):
+        for i in range(len(none)):
+            assert as_bytes(none[i]) == as_bytes(small[i]) == as_bytes(all_[i])
+    assert not none._cache and 0 < len(small._cache) < len(all_._cache) == len(all_)
+    assert sum(a.nbytes for arrays in small._cache.values() for a in arrays.values()) <= 5000
+
+
+# --------------------------------------------------------------------------------------------------- order and position
+
+
+def test_the_same_seed_gives_the_same_batches(made):
+    one, two, other = (list(islice(batches(made, seed), 30)) for seed in (3, 3, 4))
+    assert all(map(equal, one, two))
+    assert not any(map(equal, one, other))
+
+
+def test_threads_do_not_change_the_order(made):
+    assert all(map(equal, islice(batches(made, threads=1), 20), islice(batches(made, threads=4), 20)))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 7, 150])
+def test_a_restored_iterator_continues_with_the_very_next_batch(made, steps):
+    stream = batches(made)
+    before = list(islice(stream, steps))
+    state = stream.get_state()
+    following = list(islice(stream, 6))
+    if steps == 150:
+        assert sum(len(segments(b)) for b in before) > 3 * len(Records(made[0])), "several epochs"
+    fresh = batches(made)
+    fresh.set_state(state)
+    assert all(map(equal, islice(fresh, 6), following))
+    stream.set_state(state)
+    assert all(map(equal, islice(stream, 6), following)), "an iterator can go back"
+    used = batches(made)
+    list(islice(used, 3))
+    used.set_state(state)
+    assert all(map(equal, islice(used, 6), following)), "whatever it did before"
+
+
+def test_a_state_can_be_kept_as_json(made):
+    stream = batches(made)
+    list(islice(stream, 5))
+    state = json.loads(json.dumps(stream.get_state()))
+    following = next(stream)
+    fresh = batches(made)
+    fresh.set_state(state)
+    assert equal(next(fresh), following)
+
+
+# ------------------------------------------------------------------------------------------------------------- processes
+
+
+def test_processes_read_disjoint_slices_that_are_everything(made):
+    every = Counter(tokenised(made))
+    parts = []
+    for index in range(2):
+        stream = batches(made, rows=8, process_index=index, process_count=2)
+        seen: list[bytes] = []
+        while len(seen) < 2 * len(every):  # four epochs of this slice
+            batch = next(stream)
+            assert batch["tokens"].shape == (4, LENGTH)
+            seen.extend(segments(batch))
+        parts.append(set(seen))
+    twins = {example for example, times in every.items() if times > 1}
+    assert not (parts[0] & parts[1]) - twins
+    assert parts[0] | parts[1] == set(every)
+    assert abs(len(parts[0]) - len(parts[1])) <= 1 + len(twins)
+
+
+@pytest.mark.parametrize(("rows", "processes"), [(5, 2), (8, 3), (1, 2)])
+def test_a_batch_that_does_not_divide_says_both_numbers(made, rows, processes):
+    with pytest.raises(ConfigError, match=f"train.batch_size = {rows} does not divide over {processes} processes"):
+        batches(made, rows=rows, process_count=processes)
+
+
+def test_fewer_records_than_processes(made):
+    count = len(Records(made[0]))
+    with pytest.raises(ConfigError, match=f"{count} records cannot feed {count + 1} processes"):
+        batches(made, rows=count + 1, process_count=count + 1)
+
+
+def test_a_damaged_shard_stops_the_loader_at_once(made, tmp_path):
+    folder = tmp_path / "records"
+    records.write(lambda: (Records(made[0])[i] for i in range(5)), folder, config_hash="x", seed=0, shard_records=9)
+    shard = next(folder.rglob("*.array_record*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DataError, match="bytes, the manifest says"):
+        batches((folder, made[1]))
+
+
+def test_a_set_smaller_than_a_batch_still_gives_batches(made, tmp_path):
+    folder = tmp_path / "records"
+    records.write(lambda: (Records(made[0])[i] for i in range(2)), folder, config_hash="x", seed=0, shard_records=9)
+    every, out = drawn((folder, made[1]), 5, rows=8)
+    assert set(out) == set(every)
