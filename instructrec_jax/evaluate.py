@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 
 from instructrec_jax import config as configs
 from instructrec_jax import prepare, retrieval
-from instructrec_jax.data.schema import SPLIT_NAMES, TEST, Cases
+from instructrec_jax.data.schema import SPLIT_NAMES, TEST, Cases, SplitData
 from instructrec_jax.errors import UserError
 from instructrec_jax.evaluation import metrics, slices
 from instructrec_jax.evaluation.recommendations import evaluate_lists, read_recommendations, write_recommendations
@@ -155,16 +155,19 @@ def evaluate(run_dir: str | Path, overrides: Sequence[str] = (), *, split: int =
         folder = run_dir / "evaluation"
         name = file_name(protocol, split)
         write_json(folder / f"{name}.json", payload)
-        last_case = np.flatnonzero(np.append(cases.user[1:] != cases.user[:-1], True))
-        write_recommendations(
-            folder / f"{name}_model.csv.gz",
-            data,
-            cases.user[last_case],
-            model.lists[last_case],
-            model.scores[last_case],
-        )
+        write_lists(folder / f"{name}_model.csv.gz", s.prepared.data, cases, model)
         say(f"written: {folder / name}.json and the model's lists beside it")
         return payload
+
+
+def write_lists(path: Path, data: SplitData, cases: Cases, ranked: Ranked) -> None:
+    """One list per user as a recommendation file: that of the user's first case.
+
+    A file is judged against all test events of a user (``evaluate_lists``), so its list may not know any of them; the lists of
+    later cases have the earlier test events in their history and leave them out.
+    """
+    users, first = np.unique(cases.user, return_index=True)
+    write_recommendations(path, data, users, ranked.lists[first], ranked.scores[first])
 
 
 def evaluate_file(run_dir: str | Path, file: str | Path, *, split: int = TEST) -> EvaluationResult:

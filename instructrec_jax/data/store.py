@@ -205,7 +205,10 @@ def statistics(data: SplitData) -> dict[str, Any]:
 
 
 def gini(counts: np.ndarray) -> float:
-    """Gini index of non-negative counts [n]: 0 = all alike, towards 1 = all on one."""
+    """Gini index of non-negative counts [n]: 0 = all alike (or all zero), (n-1)/n = all on one.
+
+    G = sum_i (2 i - n - 1) x_(i) / (n sum x), x sorted upwards, i from 1.
+    """
     counts = np.sort(np.asarray(counts, np.float64))
     n, total = len(counts), counts.sum()
     if not n or not total:

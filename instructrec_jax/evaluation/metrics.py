@@ -22,6 +22,7 @@ import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Bool, Float, Int
 
+from instructrec_jax.data import store
 from instructrec_jax.errors import UserError
 
 MISSING = -1  # an empty place of a list
@@ -238,16 +239,11 @@ def coverage(counts: Int[np.ndarray, " I"]) -> float:
 
 
 def gini(counts: Int[np.ndarray, " I"]) -> float:
-    """Gini coefficient of exposure over the whole catalogue, unrecommended items included. 0 = all alike, (I-1)/I = one
-    item.
+    """Gini coefficient of exposure over the whole catalogue, unrecommended items included.
 
-    G = sum_i (2 i - I - 1) x_(i) / (I sum x), x sorted upwards, i from 1. NaN where nothing is recommended.
+    0 = all alike, (I-1)/I = one item, NaN = nothing is recommended. The formula is ``data.store.gini``'s.
     """
-    x = np.sort(np.asarray(counts, dtype=np.float64))
-    if not len(x) or x.sum() == 0:
-        return float("nan")
-    i = np.arange(1, len(x) + 1)
-    return float(((2 * i - len(x) - 1) * x).sum() / (len(x) * x.sum()))
+    return store.gini(counts) if np.sum(counts) else float("nan")
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
