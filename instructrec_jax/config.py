@@ -79,6 +79,8 @@ class InstructionConfig:
     repeat_targets: bool = True  # items in the overlap of two windows are targets in both, with two lengths of context
     candidates: int = 10  # candidates of a T3 prompt, the target included
     copies: int = 1  # renderings of every sequential window, each with another wording
+    items_as: Literal["token", "title", "both"] = "token"  # how items stand in prompts: soft tokens, words, or both
+    dense_titles: bool = True  # items_as title: all titles of a history carry loss, not only the answer
     # Weights of the task families relative to sequential = one window of history. 0 = none.
     search: float = 1.0  # (P0|P1, I1|I2, T2): find the item from words
     rerank: float = 0.25  # (P1|P2, I0, T3)
@@ -92,9 +94,39 @@ class InstructionConfig:
 # --------------------------------------------------------------------------------------------------------------- model
 
 
+PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A low-rank adapter beside frozen weights: y = x W + scale · (x A) B."""
+
+    rank: int = 0  # R; 0 = no adapter
+    alpha: float = 16.0  # scale = alpha / rank, or alpha / sqrt(rank) for rslora
+    kind: Literal["lora", "rslora", "dora"] = "lora"
+    dropout: float = 0.0  # on the adapter's input
+    targets: tuple[str, ...] = PROJECTIONS  # which projections: query, key, value, output, gate, up, down
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the Llama shape with item tokens. From 1 M to 70 B parameters by these numbers alone."""
+    """A decoder of the Llama shape with item tokens, or a published model (``pretrained``).
+
+    From 1 M to 70 B parameters by these numbers alone. With ``pretrained`` the numbers of the shape come from its config.json.
+    """
+
+    pretrained: str = ""  # folder, known name or hub id of a published model; "" = train from scratch
+    adapter: AdapterConfig = AdapterConfig()
+    quantise: Literal["none", "int8", "nf4"] = "none"  # the frozen weights of the layers
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen weights that are not quantised
+    # What learns: "all", or any of "adapter", "items" (item and feature tokens, matching head), "embeddings" (words and their head).
+    trainable: tuple[str, ...] = ("all",)
+    chat: Literal["auto", "none"] = "auto"  # the chat template of a published model, if it has one
+
+    @property
+    def uses_items(self) -> bool:
+        """Whether there are item tokens and the matching head: always from scratch, and beside a published model if they learn."""
+        return not self.pretrained or "all" in self.trainable or "items" in self.trainable
 
     width: int = 64  # D
     layers: int = 2  # L
@@ -111,6 +143,9 @@ class ModelConfig:
     item_id_embedding: bool = True  # learned part of the item vector beside the content projection
     content_features: int = 128  # width of the text features (TF-IDF + truncated SVD); 0 = none
     cooccurrence_features: int = 0  # width of collaborative features from the training split; 0 = none
+    text_encoder: str = (
+        ""  # folder, known name or hub id of an encoder (minilm-l6) for further item features; "" = none
+    )
     scan_layers: bool = True
     remat: Literal["none", "full", "dots"] = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute; parameters are float32
@@ -150,6 +185,9 @@ class TrainConfig:
     log_every: int = 25
     eval_every: int = 150  # validation NDCG@10, full ranking; the best step is kept
     eval_users: int = 2000  # at most this many validation users while training (a fixed sample)
+    # What validation measures: the item head on full rankings, or the likelihood of titles on 1+9 candidates. "auto" = the item
+    # head if there is one.
+    eval_method: Literal["auto", "items", "likelihood"] = "auto"
     checkpoint_every: int = 150
     keep: int = 2  # latest checkpoints kept beside the best one
     seed: int = 0
@@ -166,6 +204,7 @@ class EvaluateConfig:
     bootstrap: int = 2000  # resamples of users for the 95 % intervals
     batch_size: int = 64
     likelihood_users: int = 200  # users scored by the text likelihood too (slow); 0 = none
+    before_tuning: bool = True  # pretrained: the likelihood table also has the model as it was published
     baselines: tuple[str, ...] = ("popularity", "itemknn", "ease", "ease_last10", "bm25")
 
 
@@ -197,7 +236,8 @@ class Config:
 
     def data_hash(self) -> str:
         """Hash of everything that decides the content of the prepared data."""
-        model = {k: getattr(self.model, k) for k in ("vocab_size", "content_features", "cooccurrence_features")}
+        names = ("vocab_size", "content_features", "cooccurrence_features", "text_encoder", "pretrained")
+        model = {k: getattr(self.model, k) for k in names}
         parts = [to_dict(self.data), to_dict(self.instructions), model]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 

@@ -6,6 +6,9 @@ Three tables come out of one call:
 * *search*: the wish is made from the target's own labels, so this measures finding what was described, not next-item prediction;
 * *likelihood*: the paper's method on ``1+9`` frozen candidates, for a fixed sample of cases.
 
+A published language model that is tuned without item tokens has the first table only: titles ranked by likelihood on frozen
+candidates, after and before tuning.
+
 Baselines learn from training and validation events when the test split is measured (they have no other use for the latter); the
 model learns from training events alone and sees the validation event in the history.
 """
@@ -33,12 +36,14 @@ from instructrec_jax.evaluation.table import EvaluationResult, Row
 from instructrec_jax.files import write_json
 from instructrec_jax.instructions.negatives import negatives_name, sample_negatives
 from instructrec_jax.instructions.prompts import NothingToSay
+from instructrec_jax.models.adapters import join
 from instructrec_jax.retrieval.ease import EASE
-from instructrec_jax.run import Say, Session, case_histories, sample_cases, trained
+from instructrec_jax.run import Say, Session, case_histories, rank_first, sample_cases, trained
 from instructrec_jax.samples import sample_prompts, sample_users
 from instructrec_jax.scoring import Request, Scorer
 
 MODEL = "model"
+BEFORE = "model before tuning"
 _BLOCK = 512  # cases scored at a time: scores [block, I] are the largest array here
 _SEARCH_CASES = 2000
 
@@ -113,10 +118,15 @@ def evaluate(run_dir: str | Path, overrides: Sequence[str] = (), *, split: int =
         cases = data.cases(split)
         if not len(cases):
             raise UserError(f"the {SPLIT_NAMES[split]} split has no cases", remedy="see data.split in the config")
+        if not s.sizes.items:
+            cases = sample_cases(cases, settings.likelihood_users or len(cases), s.config.train.seed + 1)
         task = Task(cases, case_histories(s, cases))
-        protocol = "full"
-        if settings.protocol != "full":
-            protocol, task = frozen_negatives(s, task, int(settings.protocol.removeprefix("1+")))
+        protocol, wanted = "full", settings.protocol
+        if wanted == "full" and not s.sizes.items:
+            wanted = "1+9"
+            say("the model has no item head: titles are scored by their likelihood, on 1+9 candidates")
+        if wanted != "full":
+            protocol, task = frozen_negatives(s, task, int(wanted.removeprefix("1+")))
         scorer = s.scorer(params)
         say(
             f"{data.name}, {SPLIT_NAMES[split]} split, {len(cases):,} cases, {data.num_items:,} items; protocol {protocol}; step {step}"
@@ -124,8 +134,10 @@ def evaluate(run_dir: str | Path, overrides: Sequence[str] = (), *, split: int =
 
         fitted = fit_baselines(s, include_valid=split == TEST, say=say)
         next_item, ranked = _next_item(s, scorer, task, fitted, protocol, split, say)
-        search = _search(s, scorer, cases, fitted, split, say)
-        likelihood = _likelihood(s, scorer, cases, split, say) if settings.likelihood_users else None
+        search = likelihood = None
+        if s.sizes.items:
+            search = _search(s, scorer, cases, fitted, split, say)
+            likelihood = _likelihood(s, scorer, cases, split, say) if settings.likelihood_users else None
 
         model = ranked[MODEL]
         value = metrics.metrics_at(model.ranks, (10,))["ndcg@10"]
@@ -226,9 +238,15 @@ def fit_baselines(s: Session, *, include_valid: bool, say: Say) -> dict[str, tup
 def _next_item(
     s: Session, scorer: Scorer, task: Task, fitted: dict, protocol: str, split: int, say: Say
 ) -> tuple[EvaluationResult, dict[str, Ranked]]:
-    prompts = s.sequential_prompts(task.cases)
     width = max(10, *s.config.evaluate.cutoffs)
-    systems: dict[str, ScoreBlock] = {MODEL: lambda a, b: scorer.score_all(prompts[a:b])}
+    systems: dict[str, ScoreBlock] = {}
+    if s.sizes.items:
+        prompts = s.sequential_prompts(task.cases)
+        systems[MODEL] = lambda a, b: scorer.score_all(prompts[a:b])
+    else:
+        systems[MODEL] = _title_likelihood(s, scorer, task)
+        if s.config.evaluate.before_tuning:
+            systems[BEFORE] = _title_likelihood(s, s.scorer(join(*s.start())), task)
     for name, (recommender, _) in fitted.items():
         systems[name] = lambda a, b, r=recommender: r.score(task.histories[a:b], task.cases.user[a:b])
     ranked = {}
@@ -236,7 +254,25 @@ def _next_item(
         say(f"  scoring {name}")
         ranked[name] = rank(task, score, width)
     seconds = {name: fit for name, (_, fit) in fitted.items()}
-    return _result(s, ranked, task.cases, protocol, split, seconds, {MODEL}), ranked
+    return _result(s, ranked, task.cases, protocol, split, seconds, {MODEL, BEFORE}), ranked
+
+
+def _title_likelihood(s: Session, scorer: Scorer, task: Task) -> ScoreBlock:
+    """Scores ``[cases, I]`` of a model without an item head: log P(title | prompt) of the candidates, -inf elsewhere."""
+    assert task.candidates is not None
+    lists = np.concatenate([task.cases.target[:, None], task.candidates], axis=1)
+    prompts = s.prompts("describe", task.cases)
+
+    def block(start: int, stop: int) -> np.ndarray:
+        out = np.full((stop - start, s.prepared.data.num_items), -np.inf, np.float32)
+        # (-1 = no such candidate: a user who has seen nearly everything)
+        chosen = [row[row >= 0] for row in lists[start:stop]]
+        requests = [Request(prompt, row) for prompt, row in zip(prompts[start:stop], chosen)]
+        for row, (items, scores) in enumerate(zip(chosen, scorer.score(requests, "likelihood"))):
+            out[row, items] = scores
+        return out
+
+    return block
 
 
 def _search(s: Session, scorer: Scorer, cases: Cases, fitted: dict, split: int, say: Say) -> EvaluationResult | None:
@@ -290,11 +326,11 @@ def _likelihood(s: Session, scorer: Scorer, cases: Cases, split: int, say: Say) 
     ]
     begun = time.perf_counter()
     scores = np.stack(scorer.score([Request(p, c) for p, c in zip(prompts, lists)], "likelihood"))
-    by_text = _small_ranks(scores)
+    by_text = rank_first(scores)
     seconds = time.perf_counter() - begun
     items = s.sequential_prompts(sample)
-    by_item = _small_ranks(np.stack(scorer.score([Request(p, c) for p, c in zip(items, lists)], "items")))
-    popular = _small_ranks(s.prepared.data.train_popularity[lists].astype(np.float64))
+    by_item = rank_first(np.stack(scorer.score([Request(p, c) for p, c in zip(items, lists)], "items")))
+    popular = rank_first(s.prepared.data.train_popularity[lists].astype(np.float64))
     cutoffs = [k for k in (1, 3, 5) if k in s.config.evaluate.cutoffs] or [1, 3, 5]
     rows = [
         Row.from_ranks(
@@ -311,12 +347,6 @@ def _likelihood(s: Session, scorer: Scorer, cases: Cases, split: int, say: Say) 
         split=SPLIT_NAMES[split],
         resamples=s.config.evaluate.bootstrap,
     )
-
-
-def _small_ranks(scores: Float[np.ndarray, "cases C"]) -> metrics.TargetRank:
-    """Ranks of candidate 0 among the columns."""
-    own = scores[:, :1]
-    return metrics.TargetRank((scores > own).sum(1).astype(np.int64), (scores == own).sum(1).astype(np.int64) - 1)
 
 
 def _result(

@@ -64,7 +64,9 @@ class Prepared:
     def builder(self, config: Config) -> Builder:
         """Prompts over this data set."""
         tokens = self.users.tokens if self.users.names else None
-        return Builder(self.data, config.instructions, config.data.domain, tokens)
+        return Builder(
+            self.data, config.instructions, config.data.domain, tokens, items_as=config.instructions.items_as
+        )
 
 
 def prepare(config: Config, say: Say, progress: Progress | None = None) -> Prepared:
@@ -88,16 +90,29 @@ def prepare(config: Config, say: Say, progress: Progress | None = None) -> Prepa
     try:
         store.save_split(data, fresh / "data")
         say("  item and user features")
+        encoded = _encoded(data, config, say) if config.model.text_encoder else None
         item_features = feature_tables.item_features(
-            data, config.model.content_features, config.model.cooccurrence_features
+            data, config.model.content_features, config.model.cooccurrence_features, encoded
         )
         users = feature_tables.user_features(data)
         np.save(fresh / "item_features.npy", item_features)
         np.savez(fresh / "user_features.npz", names=np.asarray(users.names, str), index=users.index, value=users.value)
 
-        builder = Builder(data, config.instructions, config.data.domain, users.tokens if users.names else None)
-        say("  tokeniser")
-        tokenizer.train(_texts(data, builder), config.model.vocab_size, fresh / "tokenizer")
+        builder = Builder(
+            data,
+            config.instructions,
+            config.data.domain,
+            users.tokens if users.names else None,
+            items_as=config.instructions.items_as,
+        )
+        if config.model.pretrained:
+            from instructrec_jax.models.hf.fetch import resolve
+
+            say(f"  tokeniser of {config.model.pretrained}")
+            tokenizer.copy_pretrained(resolve(config.model.pretrained), fresh / "tokenizer")
+        else:
+            say("  tokeniser")
+            tokenizer.train(_texts(data, builder), config.model.vocab_size, fresh / "tokenizer")
         examples = _Examples(builder, config, progress)
         manifest = records.write(
             examples,
@@ -126,6 +141,19 @@ def prepare(config: Config, say: Say, progress: Progress | None = None) -> Prepa
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return load(config)
+
+
+def _encoded(data: SplitData, config: Config, say: Say) -> Float[np.ndarray, "I D"]:
+    """What the text encoder makes of the items."""
+    import jax
+
+    from instructrec_jax.encode import encode_texts
+    from instructrec_jax.models.hf.fetch import resolve
+    from instructrec_jax.training.mesh import make_mesh
+
+    say(f"  {data.num_items:,} item texts through {config.model.text_encoder}")
+    with jax.set_mesh(make_mesh(config.mesh)):
+        return encode_texts(resolve(config.model.text_encoder), feature_tables.item_sentences(data))
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -189,6 +217,8 @@ def load(config: Config) -> Prepared:
     data = store.load_split(folder / "data")
     with np.load(folder / "user_features.npz") as arrays:
         users = UserFeatures([str(n) for n in arrays["names"]], arrays["index"], arrays["value"])
-    return Prepared(
-        folder, data, tokenizer.load(folder / "tokenizer"), np.load(folder / "item_features.npy"), users, manifest
-    )
+    if config.model.pretrained:
+        text = tokenizer.load_pretrained(folder / "tokenizer", config.model.chat)
+    else:
+        text = tokenizer.load(folder / "tokenizer")
+    return Prepared(folder, data, text, np.load(folder / "item_features.npy"), users, manifest)

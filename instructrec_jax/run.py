@@ -17,17 +17,21 @@ from instructrec_jax import prepare
 from instructrec_jax.config import Config
 from instructrec_jax.data.loader import training_iterator
 from instructrec_jax.data.schema import VALID, Cases
-from instructrec_jax.errors import UserError
+from instructrec_jax.errors import ConfigError, UserError
 from instructrec_jax.evaluation.metrics import TargetRank, metrics_at, rank_of_target
 from instructrec_jax.instructions.build import Builder
 from instructrec_jax.instructions.example import InstructionExample
-from instructrec_jax.models.decoder import Sizes
+from instructrec_jax.instructions.negatives import sample_negatives
+from instructrec_jax.models import adapters, architecture
+from instructrec_jax.models.adapters import Tree
+from instructrec_jax.models.architecture import Architecture
+from instructrec_jax.models.language_model import Sizes
 from instructrec_jax.models.sharding import RULES, padded
-from instructrec_jax.scoring import Scorer
+from instructrec_jax.scoring import Request, Scorer
 from instructrec_jax.training.checkpoint import Checkpoints
 from instructrec_jax.training.loop import Finished, train
 from instructrec_jax.training.mesh import make_mesh
-from instructrec_jax.training.step import init_params
+from instructrec_jax.training.step import init_model
 
 Say = Callable[[str], None]
 
@@ -39,14 +43,33 @@ class Session:
     config: Config
     prepared: prepare.Prepared
     builder: Builder
+    arch: Architecture
     sizes: Sizes
     content: jax.Array
+    model_folder: Path | None = None  # of the published model, if there is one
+
+    def start(self) -> tuple[Tree, Tree]:
+        """(trained, frozen) at step 0: fresh, or the published model with a fresh adapter and item tokens."""
+        base = None
+        if self.model_folder is not None:
+            from instructrec_jax.models.hf.load import load_params
+
+            o = self.config.model
+            base = load_params(self.model_folder, self.arch, o.param_dtype, quantised=o.quantise, sizes=self.sizes)
+        return init_model(self.config, self.arch, self.sizes, self.content, self.config.train.seed, base)
+
+    @property
+    def by_items(self) -> bool:
+        """Whether validation ranks the whole catalogue with the item head (else 1+9 candidates by likelihood)."""
+        method = self.config.train.eval_method
+        return bool(self.sizes.items) if method == "auto" else method == "items"
 
     def scorer(self, params: Any, *, batch_size: int | None = None) -> Scorer:
         """A scorer of this data set with given parameters."""
         data = self.prepared.data
         return Scorer(
             self.config.model,
+            self.arch,
             self.sizes,
             params,
             self.content,
@@ -58,8 +81,12 @@ class Session:
 
     def sequential_prompts(self, cases: Cases) -> list[InstructionExample]:
         """The next-item prompt of every case."""
+        return self.prompts("sequential", cases)
+
+    def prompts(self, kind: str, cases: Cases) -> list[InstructionExample]:
+        """The prompt of a kind (see ``instructions/prompts.py``) of every case."""
         return [
-            self.builder.evaluation_prompt("sequential", int(u), int(e), language=self.language)
+            self.builder.evaluation_prompt(kind, int(u), int(e), language=self.language)
             for u, e in zip(cases.user, cases.end)
         ]
 
@@ -77,25 +104,72 @@ def session(config: Config) -> Iterator[Session]:
         DataError: the data is not prepared.
         ConfigError: the mesh does not fit the devices.
     """
+    adapters.check(config.model)
+    _check_answers(config)
     prepared = prepare.load(config)
+    folder = None
+    if config.model.pretrained:
+        from instructrec_jax.models.hf.fetch import resolve
+        from instructrec_jax.models.hf.load import check_tokenizer, read_config
+
+        folder = resolve(config.model.pretrained)
+        arch = read_config(folder)
+        if arch.kind == "encoder":
+            raise UserError(
+                f"{folder} is an encoder: it reads texts, but answers nothing",
+                remedy="use it for item features (data.text_encoder), and a decoder or encoder-decoder as model.pretrained",
+            )
+        check_tokenizer(prepared.text.vocab_size, arch, folder)
+        _check_encoder_decoder(config, arch)
+        vocab = padded(arch.vocab)
+    else:
+        vocab = padded(prepared.text.vocab_size)
+        arch = architecture.from_numbers(config.model, vocab)
     with jax.set_mesh(make_mesh(config.mesh)) as _:
         mesh = jax.sharding.get_mesh()
         features = prepared.item_features
         rows = padded(prepared.data.num_items)
         content = np.zeros((rows, features.shape[1]), np.float32)
         content[: len(features)] = features
-        sizes = Sizes(
-            vocab=padded(prepared.text.vocab_size),
-            items=rows,
-            features=padded(len(prepared.users.names), 64) if prepared.users.names else 0,
-            content=features.shape[1],
-        )
+        sizes = Sizes(vocab)
+        if config.model.uses_items:
+            users = padded(len(prepared.users.names), 64) if prepared.users.names else 0
+            sizes = Sizes(vocab, rows, users, features.shape[1])
         yield Session(
             config,
             prepared,
             prepared.builder(config),
+            arch,
             sizes,
             jax.device_put(content, jax.NamedSharding(mesh, RULES.table_used)),
+            folder,
+        )
+
+
+def _check_answers(config: Config) -> None:
+    """A model without an item head learns from answers in words alone."""
+    if config.model.uses_items:
+        return
+    silent = [name for name in ("search", "profile") if getattr(config.instructions, name)]
+    if config.instructions.items_as == "token":
+        raise ConfigError(
+            "instructions.items_as = token, but the model has no item tokens",
+            remedy="instructions.items_as: title, or items in model.trainable",
+        )
+    if silent:
+        raise ConfigError(
+            f"instructions.{' and '.join(silent)} ask for an item, not for words, and the model has no item head",
+            remedy=f"set {', '.join(f'instructions.{name}: 0' for name in silent)}, or items in model.trainable",
+        )
+
+
+def _check_encoder_decoder(config: Config, arch: Architecture) -> None:
+    """Where an encoder reads the prompt, nothing inside it can be predicted: it has been seen."""
+    i = config.instructions
+    if arch.kind == "encoder-decoder" and (i.items_as != "title" or i.dense_titles):
+        raise ConfigError(
+            f"an encoder-decoder ({arch.family}) cannot learn at every item of a history",
+            remedy="set instructions.items_as: title and instructions.dense_titles: false",
         )
 
 
@@ -105,13 +179,24 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
         valid = sample_cases(s.prepared.data.cases(VALID), config.train.eval_users, config.train.seed)
         if not len(valid):
             raise UserError("the validation split is empty", remedy="see data.split and data.clean.min_user_events")
-        prompts = s.sequential_prompts(valid)
+        trained_params, frozen = s.start()
         histories = case_histories(s, valid)
+        if s.by_items:
+            prompts = s.sequential_prompts(valid)
+        else:
+            prompts = s.prompts("describe", valid)
+            lists = candidate_lists(s, valid, histories, 9)
 
         def validate(params: Any) -> dict[str, float]:
-            ranks = rank_cases(s.scorer(params), prompts, valid, histories)
-            values = metrics_at(ranks, (10,))
-            return {k: float(values[k].mean()) for k in ("ndcg@10", "hr@10")}
+            scorer = s.scorer(adapters.join(params, frozen))
+            if s.by_items:
+                ranks = rank_cases(scorer, prompts, valid, histories)
+            else:
+                scores = scorer.score([Request(p, c) for p, c in zip(prompts, lists)], "likelihood")
+                ranks = rank_first(np.stack(scores))
+            cutoffs = (10,) if s.by_items else (1, 3, 5, 10)
+            values = metrics_at(ranks, cutoffs)
+            return {f"{m}@{k}": float(values[f"{m}@{k}"].mean()) for k in cutoffs for m in ("ndcg", "hr")}
 
         batches = training_iterator(
             s.prepared.records,
@@ -128,7 +213,10 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
                 run_dir,
                 batches=batches,
                 content=s.content,
+                arch=s.arch,
                 sizes=s.sizes,
+                trained=trained_params,
+                frozen=frozen,
                 num_items=s.prepared.data.num_items,
                 validate=validate,
                 say=say,
@@ -139,7 +227,7 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
 
 @contextlib.contextmanager
 def trained(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Iterator[tuple[Session, Any, int]]:
-    """The session of a run, the parameters of its best checkpoint, and that step.
+    """The session of a run, its variables (with the parameters of its best checkpoint), and that step.
 
     Raises:
         UserError: the folder is not a run, or has no complete checkpoint yet.
@@ -158,7 +246,8 @@ def trained(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Iterator[tu
                 raise UserError(
                     f"{run_dir} has no complete checkpoint yet", remedy="run `instructrec train` on its config"
                 )
-            params = checkpoints.restore_params(step, init_params(config, s.sizes, s.content, 0))
+            trained_params, frozen = s.start()
+            params = adapters.join(checkpoints.restore_params(step, trained_params), frozen)
         finally:
             checkpoints.close()
         yield s, params, step
@@ -175,6 +264,25 @@ def sample_cases(cases: Cases, most: int, seed: int) -> Cases:
 def case_histories(s: Session, cases: Cases) -> list[Int[np.ndarray, " n"]]:
     """All events before each case's target: what a ranking leaves out."""
     return [s.prepared.data.history(int(u), int(e)) for u, e in zip(cases.user, cases.end)]
+
+
+def candidate_lists(s: Session, cases: Cases, histories: list[np.ndarray], count: int) -> Int[np.ndarray, "cases C"]:
+    """The target in column 0 and ``count`` frozen uniform negatives beside it."""
+    negatives = sample_negatives(
+        s.prepared.data.num_items,
+        histories,
+        count,
+        seed=s.config.evaluate.negatives_seed,
+        user=cases.user,
+        target=cases.target,
+    )
+    return np.concatenate([cases.target[:, None], negatives], axis=1)
+
+
+def rank_first(scores: Float[np.ndarray, "cases C"]) -> TargetRank:
+    """Ranks of candidate 0 among the columns."""
+    own = scores[:, :1]
+    return TargetRank((scores > own).sum(1).astype(np.int64), (scores == own).sum(1).astype(np.int64) - 1)
 
 
 def rank_cases(

@@ -294,6 +294,8 @@ def test_each_setting_makes_another_run_unless_it_only_measures_or_places(key):
         "model.vocab_size",
         "model.content_features",
         "model.cooccurrence_features",
+        "model.text_encoder",
+        "model.pretrained",  # its tokeniser is copied
     )
     assert (other.data_hash() != Config().data_hash()) == in_data
 

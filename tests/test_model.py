@@ -13,11 +13,19 @@ import pytest
 from instructrec_jax import config as configs
 from instructrec_jax.config import MeshConfig, ModelConfig
 from instructrec_jax.errors import ConfigError
+from instructrec_jax.models import architecture
 from instructrec_jax.models.attention import rotary
-from instructrec_jax.models.decoder import Decoder, Sizes, count_parameters, item_logits, word_logits
+from instructrec_jax.models.language_model import (
+    Memory,
+    Sizes,
+    abstract_params,
+    count_parameters,
+    item_logits,
+    word_logits,
+)
 from instructrec_jax.models.sharding import check_divides
 from instructrec_jax.training.mesh import make_mesh, mesh_sizes
-from tests.tiny import NUM_ITEMS, SIZES, content, on_mesh, random_batch
+from tests.tiny import NUM_ITEMS, SIZES, content, model_of, on_mesh, random_batch
 
 CONFIG = ModelConfig(width=32, heads=4, kv_heads=2, head_size=8, mlp_width=64, dropout=0.0, item_dropout=0.0)
 PRESETS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.yaml"))
@@ -32,8 +40,10 @@ def one_device() -> jax.sharding.Mesh:
 def test_parameter_count_equals_the_tree(changes: dict) -> None:
     config = dataclasses.replace(CONFIG, **changes)
     with jax.set_mesh(one_device()):
-        tree = jax.jit(Decoder(config, SIZES).init)(jax.random.key(0), on_mesh(random_batch(2, 8)), content())
-    assert sum(x.size for x in jax.tree.leaves(tree)) == count_parameters(config, SIZES)
+        tree = jax.jit(model_of(config).init)(jax.random.key(0), on_mesh(random_batch(2, 8)), content())
+    assert sum(x.size for x in jax.tree.leaves(tree)) == count_parameters(
+        architecture.from_numbers(config, SIZES.vocab), SIZES, config
+    )
 
 
 def test_seventy_billion_by_numbers_alone() -> None:
@@ -48,7 +58,7 @@ def test_seventy_billion_by_numbers_alone() -> None:
         tied_head=False,
         item_id_embedding=False,
     )
-    words = count_parameters(config, Sizes(32_000, 0, 0, 0)) - 2 * config.width  # less unknown item and input norm
+    words = count_parameters(architecture.from_numbers(config, 32_000)) - config.width  # less the input norm
     assert words == 68_976_648_192
 
 
@@ -56,22 +66,24 @@ def test_seventy_billion_by_numbers_alone() -> None:
 def test_every_preset_has_an_abstract_model(path: Path) -> None:
     config = configs.load(path).model
     sizes = Sizes(config.vocab_size, 4096, 64, config.content_features + config.cooccurrence_features)
-    with jax.set_mesh(one_device()):
-        batch = on_mesh(random_batch(2, 8))
-        features = jax.ShapeDtypeStruct((sizes.items, sizes.content), jnp.float32)
-        tree = jax.eval_shape(Decoder(config, sizes).init, jax.random.key(0), batch, features)
-    assert sum(x.size for x in jax.tree.leaves(tree)) == count_parameters(config, sizes)
+    arch = architecture.from_numbers(config, sizes.vocab)
+    tree = abstract_params(arch, sizes, config)
+    assert (
+        sum(x.size for x in jax.tree.leaves(tree))
+        == count_parameters(arch, sizes, config)
+        > config.vocab_size * config.width
+    )
 
 
 def outputs(mesh: jax.sharding.Mesh, config: ModelConfig, batch: dict) -> tuple[np.ndarray, np.ndarray]:
     with jax.set_mesh(mesh):
-        model, features = Decoder(config, SIZES), content()
+        model, features = model_of(config), content()
         params = jax.jit(model.init)(jax.random.key(0), on_mesh(random_batch(8, 8)), features)
 
         @jax.jit
         def run(params: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
             out = model.apply(params, batch, features)
-            return item_logits(out.hidden, out, NUM_ITEMS), word_logits(out.hidden, out)
+            return item_logits(out.hidden, out, NUM_ITEMS), word_logits(out.hidden, out, model.arch)
 
         items, words = run(params, on_mesh(batch))
         return np.asarray(items), np.asarray(words)
@@ -129,14 +141,15 @@ def test_cached_prefix_equals_one_pass(scan: bool) -> None:
     config = dataclasses.replace(CONFIG, scan_layers=scan)
     whole = random_batch(8, 16)
     with jax.set_mesh(one_device()):
-        model, features = Decoder(config, SIZES), content()
+        model, features = model_of(config), content()
         batch = on_mesh(whole)
         params = jax.jit(model.init)(jax.random.key(0), batch, features)
         expected = model.apply(params, batch, features).hidden[:, 10:]
         head = on_mesh({k: v[:, :10] for k, v in whole.items()})
         tail = on_mesh({k: v[:, 10:] for k, v in whole.items()})
         cache = model.apply(params, head, features).cache
-        found = model.apply(params, tail, features, (cache, head["segment_ids"] > 0)).hidden
+        memory = Memory(cache, head["segment_ids"] > 0, head["positions"], head["positions"][:, -1] + 1)
+        found = model.apply(params, tail, features, memory).hidden
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=1e-5)
 
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from instructrec_jax import prepare, run
 from instructrec_jax.data.tokenise import encode_example, pad_to
 from instructrec_jax.errors import UserError
-from instructrec_jax.models.decoder import Decoder, item_logits, word_logits
+from instructrec_jax.models.language_model import LanguageModel, item_logits, word_logits
 from instructrec_jax.scoring import Request, Scorer
 from instructrec_jax.scoring.buckets import bucket, groups_by_length
-from instructrec_jax.training.step import init_params
+from instructrec_jax.training.step import init_model
 from tests.tiny import tiny_config, write_slice
 
 
@@ -27,7 +27,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[run.Sessio
     config = tiny_config(tmp)
     prepare.prepare(config, lambda _: None)
     with run.session(config) as s:
-        params = init_params(config, s.sizes, s.content, 3)
+        params = init_model(config, s.arch, s.sizes, s.content, 3)[0]
         yield s, params, s.scorer(params, batch_size=16)
 
 
@@ -40,7 +40,7 @@ def test_likelihood_equals_one_candidate_at_a_time(parts: tuple) -> None:
     s, params, scorer = parts
     import dataclasses
 
-    model = Decoder(s.config.model, s.sizes)
+    model = LanguageModel(s.arch, s.sizes, s.config.model)
     asked = prompts(s, 5)
     wanted = [[3, 50, 7, 3], [], list(range(20, 31)), [1], [2, 9]]
     found = scorer.score([Request(p, c) for p, c in zip(asked, wanted)], "likelihood")
@@ -53,10 +53,10 @@ def test_likelihood_equals_one_candidate_at_a_time(parts: tuple) -> None:
             row["positions"] = np.tile(np.arange(len(arrays["tokens"]), dtype=np.int32), (8, 1))
             row["segment_ids"] = np.ones_like(row["positions"])
             batch = {k: jax.device_put(v, scorer._sharding) for k, v in row.items()}
-            out = model.apply({"params": params}, batch, s.content)
-            log = np.asarray(jax.nn.log_softmax(word_logits(out.hidden, out)))[0]
+            out = model.apply(params, batch, s.content)
+            log = np.asarray(jax.nn.log_softmax(word_logits(out.hidden, out, s.arch)))[0]
             at = np.flatnonzero(arrays["text_target"])
-            assert score == pytest.approx(log[at, arrays["text_target"][at]].sum(), abs=1e-4)
+            assert score == pytest.approx(log[at, arrays["text_target"][at] - 1].sum(), abs=1e-4)
     mean = scorer.score([Request(asked[0], wanted[0])], "likelihood", normalise="mean")[0]
     tokens = [len(s.prepared.text.encode(s.prepared.data.catalogue.titles[i])) + 1 for i in wanted[0]]
     np.testing.assert_allclose(mean, found[0] / np.asarray(tokens), rtol=1e-5)
@@ -72,8 +72,8 @@ def test_items_are_log_probabilities_over_the_catalogue(parts: tuple) -> None:
     row = pad_to(arrays, 8, len(arrays[0]["tokens"]))
     row["positions"] = np.tile(np.arange(row["tokens"].shape[1], dtype=np.int32), (8, 1))
     row["segment_ids"] = np.ones_like(row["positions"])
-    out = Decoder(s.config.model, s.sizes).apply(
-        {"params": params}, {k: jax.device_put(v, scorer._sharding) for k, v in row.items()}, s.content
+    out = LanguageModel(s.arch, s.sizes, s.config.model).apply(
+        params, {k: jax.device_put(v, scorer._sharding) for k, v in row.items()}, s.content
     )
     logits = np.asarray(jax.nn.log_softmax(item_logits(out.hidden, out, s.prepared.data.num_items)))[0, -1]
     np.testing.assert_allclose(scores[0], logits[: s.prepared.data.num_items], atol=1e-4)

@@ -100,7 +100,7 @@ def test_the_answer_and_eos_have_a_loss_and_the_prompt_has_none(text):
     arrays, answer = encode_example(made, text), text.encode("Heat (1995)")
     start = len(encode_prompt(made, text)["tokens"])
     assert arrays["tokens"][start:].tolist() == answer, "<eos> is predicted, never read"
-    assert arrays["text_target"].tolist() == [0] * (start - 1) + [*answer, text.eos]
+    assert arrays["text_target"].tolist() == [0] * (start - 1) + [t + 1 for t in [*answer, text.eos]]
 
 
 def test_without_an_answer_nothing_is_predicted_in_words(text):
@@ -112,7 +112,7 @@ def test_without_an_answer_nothing_is_predicted_in_words(text):
 def test_items_of_an_answer_are_read_but_not_predicted_as_words(text):
     arrays = encode_example(example("which?", answer=f"{I} or {I}", answer_items=(4, 5), dense=True), text)
     assert arrays["item"][arrays["item"] > 0].tolist() == [5, 6]
-    words = arrays["text_target"][arrays["text_target"] > 0].tolist()
+    words = (arrays["text_target"][arrays["text_target"] > 0] - 1).tolist()
     assert words == [*text.encode(" or "), text.eos]
     assert not arrays["item_target"].any(), "dense targets are those of the prompt"
 
@@ -151,8 +151,8 @@ def test_any_example(text, parts, answer, data):
     size = len(arrays["tokens"])
     start = size - len(text.encode(answer))
     assert not arrays["text_target"][: start - 1].any()
-    assert text.decode(arrays["text_target"][start - 1 :]) == answer
-    assert (arrays["text_target"][-1] == text.eos) == bool(answer)
+    assert text.decode(t - 1 for t in arrays["text_target"][start - 1 :].tolist() if t) == answer
+    assert (arrays["text_target"][-1] == text.eos + 1) == bool(answer)
     wanted = [i + 1 for i in items] if made.dense else []
     if target >= 0:
         wanted = [*wanted, target + 1]

@@ -19,12 +19,13 @@ from instructrec_jax import config as configs
 from instructrec_jax import prepare, run
 from instructrec_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from instructrec_jax.errors import ConfigError, UserError
-from instructrec_jax.models.decoder import Decoder, item_logits, word_logits
+from instructrec_jax.models import architecture
+from instructrec_jax.models.language_model import item_logits, word_logits
 from instructrec_jax.training import loss as losses
 from instructrec_jax.training.checkpoint import Checkpoints, check_writable
 from instructrec_jax.training.mesh import make_mesh
-from instructrec_jax.training.step import init_state, make_train_step, put_batch
-from tests.tiny import NUM_ITEMS, SIZES, content, on_mesh, random_batch, tiny_config, write_slice
+from instructrec_jax.training.step import init_model, init_state, make_train_step, put_batch
+from tests.tiny import NUM_ITEMS, SIZES, content, model_of, on_mesh, random_batch, tiny_config, write_slice
 
 MODEL = ModelConfig(width=32, heads=4, kv_heads=2, head_size=8, mlp_width=64, dropout=0.2, item_dropout=0.1)
 TRAIN = TrainConfig(batch_size=16, sequence_length=32, logits_chunk=8, steps=20, warmup_steps=2, label_smoothing=0.1)
@@ -33,12 +34,14 @@ TRAIN = TrainConfig(batch_size=16, sequence_length=32, logits_chunk=8, steps=20,
 def run_steps(mesh: jax.sharding.Mesh, config: Config, steps: int) -> tuple[list[float], dict]:
     with jax.set_mesh(mesh):
         features = content()
-        state = init_state(config, SIZES, features, 0)
-        step = make_train_step(config, SIZES, NUM_ITEMS)
+        arch = architecture.from_numbers(config.model, SIZES.vocab)
+        trained, frozen = init_model(config, arch, SIZES, features, 0)
+        state = init_state(trained, config.train)
+        step = make_train_step(config, arch, SIZES, NUM_ITEMS)
         out = []
         for number in range(steps):
             batch = put_batch(random_batch(16, 32, seed=number), config.train.accumulate)
-            state, metrics = step(state, batch, features)
+            state, metrics = step(state, frozen, batch, features)
             out.append(float(metrics["loss"]))
         return out, jax.device_get(state["params"])
 
@@ -71,13 +74,13 @@ def test_chunked_losses_equal_the_whole_softmax(chunk: int) -> None:
     batch["item_target"][1] = 0  # a row without targets
     with jax.set_mesh(one_device()):
         features, device = content(), on_mesh(batch)
-        decoder = Decoder(model, SIZES)
+        decoder = model_of(model)
         params = jax.jit(decoder.init)(jax.random.key(0), device, features)
         out = decoder.apply(params, device, features)
         sums = jax.jit(lambda o, b: losses.item_loss(o, b, NUM_ITEMS, 0.1, chunk))(out, device)
-        words = jax.jit(lambda o, b: losses.word_loss(o, b, chunk))(out, device)
+        words = jax.jit(lambda o, b: losses.word_loss(o, b, chunk, decoder.arch))(out, device)
         log_items = jax.nn.log_softmax(item_logits(out.hidden, out, NUM_ITEMS)[..., :NUM_ITEMS])
-        log_words = jax.nn.log_softmax(word_logits(out.hidden, out))
+        log_words = jax.nn.log_softmax(word_logits(out.hidden, out, decoder.arch))
     rows, columns = np.nonzero(batch["item_target"])
     picked = np.asarray(log_items)[rows, columns]
     nll = -0.9 * picked[np.arange(len(rows)), batch["item_target"][rows, columns] - 1] - 0.1 * picked.mean(-1)
@@ -86,7 +89,7 @@ def test_chunked_losses_equal_the_whole_softmax(chunk: int) -> None:
     by_task = np.bincount(batch["task"][rows, columns], nll, minlength=losses.NUM_TASKS)
     np.testing.assert_allclose(np.asarray(sums.task_loss), by_task, rtol=1e-4)
     rows, columns = np.nonzero(batch["text_target"])
-    expected = -np.asarray(log_words)[rows, columns, batch["text_target"][rows, columns]].sum()
+    expected = -np.asarray(log_words)[rows, columns, batch["text_target"][rows, columns] - 1].sum()
     assert float(words.loss) == pytest.approx(expected, rel=1e-5)
 
 
@@ -95,7 +98,7 @@ def test_gradient_of_the_chunked_loss() -> None:
     model = dataclasses.replace(MODEL, dropout=0.0, item_dropout=0.0)
     with jax.set_mesh(one_device()):
         features, device = content(), on_mesh(batch)
-        decoder = Decoder(model, SIZES)
+        decoder = model_of(model)
         params = jax.jit(decoder.init)(jax.random.key(0), device, features)
 
         def chunked(params: dict) -> jax.Array:
@@ -124,7 +127,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained_params(config: Config, folder: Path, step: int) -> dict:
     with run.session(config) as s:
-        template = init_state(config, s.sizes, s.content, 0)["params"]
+        template = s.start()[0]
         checkpoints = Checkpoints(folder / "checkpoints")
         params = jax.device_get(checkpoints.restore_params(step, template))
         checkpoints.close()

@@ -11,7 +11,8 @@ import numpy as np
 from instructrec_jax import config as configs
 from instructrec_jax.config import Config
 from instructrec_jax.data import sources
-from instructrec_jax.models.decoder import Sizes
+from instructrec_jax.models import architecture
+from instructrec_jax.models.language_model import LanguageModel, Sizes
 from instructrec_jax.models.sharding import RULES
 
 
@@ -90,3 +91,8 @@ def content(seed: int = 1) -> jax.Array:
     """Random item features on the current mesh."""
     values = np.random.default_rng(seed).normal(size=(SIZES.items, SIZES.content)).astype(np.float32)
     return jax.device_put(values, jax.NamedSharding(jax.sharding.get_mesh(), RULES.table_used))
+
+
+def model_of(config: configs.ModelConfig, sizes: Sizes = SIZES, train: bool = False) -> LanguageModel:
+    """The from-scratch model of a config."""
+    return LanguageModel(architecture.from_numbers(config, sizes.vocab), sizes, config, train)

@@ -7,6 +7,8 @@ Item features (one row per catalogue item, float32):
 * *co-occurrence* (optional): truncated SVD of the positive pointwise mutual information of items that stand within
   ``WINDOW`` events of each other in training histories, weighted 1/distance (Levy & Goldberg 2014 on item sequences).
 
+* *encoded* (optional): the vectors that a published encoder gives the items' text (``encode.py``).
+
 Each block is scaled to unit standard deviation. User features are described by ``UserFeatures``.
 """
 
@@ -109,9 +111,37 @@ def cooccurrence_features(data: SplitData, width: int, seed: int = 0) -> Float[n
     return _unit_scale(TruncatedSVD(rank, random_state=seed).fit_transform(ppmi))
 
 
-def item_features(data: SplitData, content: int, cooccurrence: int) -> Float[np.ndarray, "I Fc"]:
-    """Both blocks side by side, ``[I, <= content + cooccurrence]``."""
-    blocks = []
+def item_sentences(data: SplitData) -> list[str]:
+    """The text of each item for an encoder: title, list entries, text columns and tags, each kind as a sentence."""
+    table = data.catalogue.table
+    rows = [[title] for title in data.catalogue.titles]
+    for name in table.column_names:
+        if name in ("item_id", "title") or name.endswith(("_id", "_path", "_url")):
+            continue
+        kind = table.schema.field(name).type
+        if pa.types.is_list(kind):
+            values = [", ".join(filter(None, entry or ())) for entry in table[name].to_pylist()]
+        elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            values = [value or "" for value in table[name].to_pylist()]
+        else:
+            continue
+        for row, value in zip(rows, values):
+            if value:
+                row.append(value)
+    tags: dict[int, list[str]] = {}
+    for _, item, tag in data.tags:
+        if tag not in tags.setdefault(item, []):
+            tags[item].append(tag)
+    for item, words in tags.items():
+        rows[item].append(", ".join(words[:20]))
+    return [". ".join(row) for row in rows]
+
+
+def item_features(
+    data: SplitData, content: int, cooccurrence: int, encoded: Float[np.ndarray, "I D"] | None = None
+) -> Float[np.ndarray, "I Fc"]:
+    """All blocks side by side, ``[I, <= D + content + cooccurrence]``; ``encoded`` are an encoder's vectors of ``item_sentences``."""
+    blocks = [] if encoded is None else [_unit_scale(encoded - encoded.mean(axis=0))]
     if content:
         blocks.append(content_features(data, content))
     if cooccurrence:

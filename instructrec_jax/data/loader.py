@@ -38,7 +38,7 @@ class TokenisedRecords:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if (kept := self._cache.get(index)) is not None:
             return kept
-        arrays = truncate(encode_example(self._records[index], self._text), self._length)[0]
+        arrays = truncate(encode_example(self._records[index], self._text), self._length, len(self._text.before))[0]
         size = sum(a.nbytes for a in arrays.values())
         if size <= self._room:
             self._room -= size

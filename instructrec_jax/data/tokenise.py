@@ -5,7 +5,7 @@ Every array has one entry per token; ``0`` in an index array means "none", so th
     tokens          id of the word token, or of ``<item>`` / ``<feature>`` where a soft token stands
     item            catalogue index + 1 of an item token
     feature         feature index + 1 of a feature token, with its ``feature_value``
-    text_target     id of the word that this position must predict (answers only: the loss mask)
+    text_target     id + 1 of the word that this position must predict (answers and learnt titles only: the loss mask)
     item_target     catalogue index + 1 of the item that this position must predict
     task            1-based number of the task family, for the per-task loss
 """
@@ -18,7 +18,13 @@ import numpy as np
 
 from instructrec_jax.data.tokenizer import Text
 from instructrec_jax.errors import DataError
-from instructrec_jax.instructions.example import FEATURE_SLOT, ITEM_SLOT, InstructionExample
+from instructrec_jax.instructions.example import (
+    FEATURE_SLOT,
+    ITEM_SLOT,
+    TITLE_CLOSE,
+    TITLE_OPEN,
+    InstructionExample,
+)
 
 FIELDS = {
     "tokens": np.int32,
@@ -44,11 +50,13 @@ def task_of(example: InstructionExample) -> str:
 
 
 def encode_part(text: Text, words: str, items: Sequence[int], features: Sequence, where: str) -> dict[str, np.ndarray]:
-    """Token arrays of a text with slots (no targets yet)."""
+    """Token arrays of a text with slots (no targets yet), and ``said``: 1 at the tokens of titles that are learnt."""
     tokens: list[int] = []
     item: list[int] = []
     feature: list[int] = []
     value: list[float] = []
+    said: list[int] = []
+    open_title = 0
     used_items = used_features = 0
     chunk_start = 0
 
@@ -59,12 +67,17 @@ def encode_part(text: Text, words: str, items: Sequence[int], features: Sequence
             item.extend([0] * len(ids))
             feature.extend([0] * len(ids))
             value.extend([0.0] * len(ids))
+            said.extend([open_title] * len(ids))
 
     for at, char in enumerate(words):
-        if char not in (ITEM_SLOT, FEATURE_SLOT):
+        if char not in (ITEM_SLOT, FEATURE_SLOT, TITLE_OPEN, TITLE_CLOSE):
             continue
         words_until(at)
         chunk_start = at + 1
+        if char in (TITLE_OPEN, TITLE_CLOSE):
+            open_title = int(char == TITLE_OPEN)
+            continue
+        said.append(0)
         if char == ITEM_SLOT:
             if used_items >= len(items):
                 raise DataError(f"{where}: more item slots in the text than the {len(items)} items given")
@@ -91,34 +104,58 @@ def encode_part(text: Text, words: str, items: Sequence[int], features: Sequence
         "item": np.asarray(item, np.int32),
         "feature": np.asarray(feature, np.int32),
         "feature_value": np.asarray(value, np.float32),
+        "said": np.asarray(said, np.int32),
     }
 
 
+def _framed(part: dict[str, np.ndarray], text: Text) -> dict[str, np.ndarray]:
+    """A prompt with what the tokeniser or the chat template puts before and after it."""
+    out = {}
+    for key, value in part.items():
+        before, after = (
+            (text.before, text.after) if key == "tokens" else ((0,) * len(text.before), (0,) * len(text.after))
+        )
+        out[key] = np.concatenate([np.asarray(before, value.dtype), value, np.asarray(after, value.dtype)])
+    return out
+
+
 def encode_prompt(example: InstructionExample, text: Text) -> dict[str, np.ndarray]:
-    """``<bos>`` + prompt, without targets: what the scorer reads."""
+    """``<bos>`` + prompt, or the prompt in its chat frame, without targets: what the scorer reads."""
     part = encode_part(text, example.prompt, example.prompt_items, example.features, example.template)
-    head = {"tokens": text.bos, "item": 0, "feature": 0, "feature_value": 0}
-    return {k: np.concatenate([np.asarray([head[k]], v.dtype), v]) for k, v in part.items()}
+    del part["said"]
+    return _framed(part, text)
+
+
+def encode_answer(words: str, text: Text) -> list[int]:
+    """Token ids of an answer in words with what ends it: what the scorer sums over."""
+    return [*text.encode(words), *text.end]
 
 
 def encode_example(example: InstructionExample, text: Text) -> dict[str, np.ndarray]:
     """All arrays of one training example, ``<bos>`` prompt answer ``<eos>``.
 
-    Loss is on answer words (and ``<eos>``), on the target item at the last prompt position and, for dense examples, on every
+    Loss is on answer words (and ``<eos>``), on learnt titles of the prompt,
+    on the target item at the last prompt position and, for dense examples, on every
     history item from ``dense_from`` at the position before it. An example without a text answer ends with its prompt.
     """
-    arrays = encode_prompt(example, text)
+    part = encode_part(text, example.prompt, example.prompt_items, example.features, example.template)
+    arrays = _framed(part, text)
     prompt_length = len(arrays["tokens"])
     if example.answer:
         answer = encode_part(text, example.answer, example.answer_items, (), example.template)
-        eos = {"tokens": text.eos, "item": 0, "feature": 0, "feature_value": 0}
-        # The last position would predict nothing, so <eos> itself is a target but not an input.
-        arrays = {k: np.concatenate([v, answer[k]]) for k, v in arrays.items()}
-        following = np.append(arrays["tokens"][1:], eos["tokens"]).astype(np.int32)
-        text_target = np.where(np.arange(len(following)) >= prompt_length - 1, following, 0).astype(np.int32)
-        text_target[text_target == text.item] = 0  # soft tokens are predicted by the item head, not as words
-    else:
-        text_target = np.zeros(prompt_length, np.int32)
+        answer["said"][:] = answer["item"] == 0  # soft tokens are predicted by the item head, not as words
+        end = np.asarray(text.end, np.int32)
+        ending = {k: np.zeros(len(end), v.dtype) for k, v in answer.items()} | {
+            "tokens": end,
+            "said": np.ones_like(end),
+        }
+        arrays = {k: np.concatenate([v, answer[k], ending[k]]) for k, v in arrays.items()}
+    following = np.append(np.where(arrays["said"] > 0, arrays["tokens"] + 1, 0)[1:], 0).astype(np.int32)
+    del arrays["said"]
+    if example.answer:
+        # The last token is a target but not an input: its position would predict nothing.
+        arrays, following = {k: v[:-1] for k, v in arrays.items()}, following[:-1]
+    text_target = following
 
     item_target = np.zeros(len(arrays["tokens"]), np.int32)
     if example.dense:
@@ -130,18 +167,20 @@ def encode_example(example: InstructionExample, text: Text) -> dict[str, np.ndar
     return {**arrays, "text_target": text_target, "item_target": item_target, "task": task}
 
 
-def truncate(arrays: dict[str, np.ndarray], length: int) -> tuple[dict[str, np.ndarray], int]:
-    """The newest ``length`` tokens, keeping ``<bos>``; and the number of tokens cut. Histories are cut by whole items long before.
+def truncate(arrays: dict[str, np.ndarray], length: int, head: int = 1) -> tuple[dict[str, np.ndarray], int]:
+    """The newest ``length`` tokens, keeping the first ``head`` (``<bos>``, or what a chat template puts first); and the number of
+    tokens cut. Histories are cut by whole items long before.
 
-    After a cut ``<bos>`` has no target: what it had to predict is gone.
+    After a cut the last kept token of the head has no target: what it had to predict is gone.
     """
     cut = len(arrays["tokens"]) - length
     if cut <= 0:
         return arrays, 0
-    kept = {k: np.concatenate([v[:1], v[cut + 1 :]]) for k, v in arrays.items()}
+    head = min(head, length)
+    kept = {k: np.concatenate([v[:head], v[cut + head :]]) for k, v in arrays.items()}
     for key in ("text_target", "item_target"):
-        if key in kept:
-            kept[key][0] = 0
+        if key in kept and head:
+            kept[key][head - 1] = 0
     return kept, cut
 
 

@@ -1,10 +1,11 @@
-"""A byte-level BPE tokeniser trained on the templates and the catalogue, for models that start from scratch.
+"""The tokeniser: byte-level BPE trained on the templates and the catalogue, or the one that a published model came with.
 
-It is saved as a Hugging Face tokeniser directory, so ``transformers.AutoTokenizer.from_pretrained`` loads it anywhere.
+Either is a Hugging Face tokeniser directory, so ``transformers.AutoTokenizer.from_pretrained`` loads it anywhere.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -29,8 +30,11 @@ class Text:
     vocab_size: int
     bos: int = 1
     eos: int = 2
-    item: int = 3
+    item: int = 3  # what stands in ``tokens`` where a soft token does; a published model has no such token, any id does
     feature: int = 4
+    before: tuple[int, ...] = (1,)  # a prompt starts with these: <bos>, or the head of a chat template
+    after: tuple[int, ...] = ()  # and ends with these: where the assistant's turn begins
+    end: tuple[int, ...] = (2,)  # an answer ends with these
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens."""
@@ -98,4 +102,74 @@ def load(folder: str | Path) -> Text:
     # A title or a wish that holds "<eos>" is text: only the code that builds rows writes special tokens.
     tokenizer.encode_special_tokens = True
     found = {name: token for name, token in ids.items() if token is not None}
-    return Text(tokenizer, tokenizer.get_vocab_size(), found[BOS], found[EOS], found[ITEM], found[FEATURE])
+    bos, eos = found[BOS], found[EOS]
+    return Text(tokenizer, tokenizer.get_vocab_size(), bos, eos, found[ITEM], found[FEATURE], (bos,), (), (eos,))
+
+
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json",
+)  # fmt: skip
+
+
+def copy_pretrained(model: str | Path, folder: str | Path) -> None:
+    """The tokeniser files of a published model, copied under ``folder`` (which must not exist).
+
+    Raises:
+        DataError: the model has no tokenizer.json.
+    """
+    model, folder = Path(model), Path(folder)
+    if not (model / "tokenizer.json").is_file():
+        raise DataError(
+            "no tokenizer.json", file=model, remedy="save the tokeniser in the fast format beside the weights"
+        )
+    folder.mkdir(parents=True)
+    for name in FILES:
+        if (model / name).is_file():
+            shutil.copyfile(model / name, folder / name)
+
+
+def load_pretrained(folder: str | Path, chat: str = "auto") -> Text:
+    """The tokeniser of a published model, with its chat frame if it has a template and ``chat`` is not "none".
+
+    Without a frame, what the tokeniser itself puts around a text (``<bos>``, T5's ``</s>``) goes around the prompt.
+
+    Raises:
+        DataError: there is no tokeniser, or it names no token that ends an answer.
+        UserError: the chat template cannot frame a prompt; see ``data/chat.py``.
+    """
+    from tokenizers import Tokenizer
+
+    from instructrec_jax.data.chat import ChatFormat
+
+    folder = Path(folder)
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise DataError("no tokeniser", file=file, remedy="run `instructrec data prepare CONFIG` again")
+    settings = (
+        json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        if (folder / "tokenizer_config.json").is_file()
+        else {}
+    )
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    named = settings.get("eos_token") or settings.get("sep_token")
+    eos = tokenizer.token_to_id(named["content"] if isinstance(named, dict) else named) if named else None
+    if eos is None:
+        raise DataError("tokenizer_config.json names no eos_token", file=folder, remedy="add it: it ends every answer")
+    whole = tokenizer.encode("a").ids
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    before, after, end = tuple(whole[:at]), tuple(whole[at + len(plain) :]), (eos,)
+    has_template = (folder / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))
+    if chat == "auto" and has_template:
+        # Recommendations are answered at once: where a template asks (Qwen3), the empty thinking block belongs to the prompt.
+        made = ChatFormat.load(folder, {"enable_thinking": False})
+        frame = made.frame()
+        before, after = tuple(frame.prefix.tolist()), tuple(frame.suffix.tolist())
+        end = tuple(frame.end[: max(frame.end_said, 1)].tolist())
+        tokenizer = made.text
+    else:
+        tokenizer.encode_special_tokens = True  # a title that holds a special token's name is text
+    bos = before[0] if before else eos
+    return Text(tokenizer, tokenizer.get_vocab_size(), bos, eos, eos, eos, before, after, end)

@@ -76,8 +76,9 @@ class Builder(Prompter):
         Only events of the training split are read. Sequential windows are ``dense``: the prompt is the whole window,
         and item k is to be predicted from the position before it for every k >= ``dense_from``. Over a user's windows
         each training item is a target at least once per copy (exactly once without ``repeat_targets``). With
-        ``items_as="title"`` there are no item positions, and a window's last item is its only target. The other
-        families have one target each and no dense positions.
+        ``items_as="title"`` there are no item positions: the prompt is the window without its last item, whose title is the
+        answer, and the titles before it carry loss too (``dense_titles``). The other families have one target each and no
+        dense positions.
 
         Raises:
             ConfigError: the catalogue is too small for ``candidates``.
@@ -108,8 +109,9 @@ class Builder(Prompter):
     # ------------------------------------------------------------------------------------------------------- sequential
 
     def _sequential(self) -> Iterator[InstructionExample]:
-        groups = [self.group(language, "sequential", "P1", "I0") for language in self.config.languages]
         titles_only = self.items_as == "title"
+        kind = "describe" if titles_only else "sequential"
+        groups = [self.group(language, kind, "P1", "I0") for language in self.config.languages]
         for user in range(self.data.num_users):
             start = int(self.data.offsets[user])
             features = self.features(user) if self.features else ()
@@ -123,7 +125,10 @@ class Builder(Prompter):
                 for copy in range(self.config.copies):
                     group = groups[(number + copy) % len(groups)]
                     wording = group[(mix(number) + copy // len(groups)) % len(group)]
-                    slots = Slots(history=items, features=features, answer=target)
+                    new = 0 if self.config.repeat_targets else dense_from
+                    # The first title follows nothing: only its own frequency could be learnt.
+                    learnt = max(new, 1) if titles_only and self.config.dense_titles else -1
+                    slots = Slots(history=items, features=features, answer=target, learnt_from=learnt)
                     self.written["sequential"] += 1
                     yield self.example(
                         wording,
@@ -131,7 +136,7 @@ class Builder(Prompter):
                         user=user,
                         target=target,
                         dense=not titles_only,
-                        dense_from=0 if titles_only or self.config.repeat_targets else dense_from,
+                        dense_from=0 if titles_only else new,
                         about_user=fraction(key(number, copy)) < _SHOW_FEATURES,
                     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 # Placeholders inside a rendered text. Cleaning removes both characters from all user text, so they are unambiguous.
 ITEM_SLOT = "\ufffc"  # one soft token of a catalogue item
 FEATURE_SLOT = "\ufff9"  # one soft token of a user feature
+TITLE_OPEN, TITLE_CLOSE = "\ufffa", "\ufffb"  # around a title of the prompt that is learnt as the answer is
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class InstructionExample:
     """One instruction with its answer.
 
     ``prompt`` and ``answer`` are text; each ``ITEM_SLOT`` in them consumes the next entry of ``prompt_items`` /
-    ``answer_items``, each ``FEATURE_SLOT`` in ``prompt`` the next of ``features``. Items are catalogue indices.
+    ``answer_items``, each ``FEATURE_SLOT`` in ``prompt`` the next of ``features``. Items are catalogue indices. Words between
+    ``TITLE_OPEN`` and ``TITLE_CLOSE`` carry loss like an answer; both characters leave no token.
     """
 
     template: str  # id of the template, e.g. "seq.p1.next.a"

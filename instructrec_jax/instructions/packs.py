@@ -11,14 +11,14 @@ from typing import Any
 import yaml
 
 from instructrec_jax.errors import ConfigError, did_you_mean
-from instructrec_jax.instructions.example import FEATURE_SLOT, ITEM_SLOT
+from instructrec_jax.instructions.example import FEATURE_SLOT, ITEM_SLOT, TITLE_CLOSE, TITLE_OPEN
 
 FOLDER = Path(__file__).parent / "templates"
 LANGUAGES = ("en", "zh")
 _WORDS = ("noun", "nouns", "a_noun", "verb", "verb_past", "person")
 WORD_SLOTS = {"en": _WORDS, "zh": (*_WORDS, "measure")}  # slots that a domain fills, per language
 _FRAMES = ("labelled", "branded", "worded")
-_STRIP = str.maketrans("", "", ITEM_SLOT + FEATURE_SLOT)
+_STRIP = str.maketrans("", "", ITEM_SLOT + FEATURE_SLOT + TITLE_OPEN + TITLE_CLOSE)
 
 
 def clean_text(text: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-from instructrec_jax.instructions.example import FEATURE_SLOT, ITEM_SLOT, Feature
+from instructrec_jax.instructions.example import FEATURE_SLOT, ITEM_SLOT, TITLE_CLOSE, TITLE_OPEN, Feature
 from instructrec_jax.instructions.packs import Domain, clean_text, load_phrases, word_slots
 from instructrec_jax.instructions.templates import Template
 
@@ -27,6 +27,7 @@ class Slots:
     features: tuple[Feature, ...] = ()
     answer: int = -1  # the item of the answer
     verdict: bool = True  # T0: the answer
+    learnt_from: int = -1  # titles of the history from this one on carry loss; -1 = none
 
 
 class Rendered(NamedTuple):
@@ -79,7 +80,8 @@ def render(
         if not slot:
             parts.append(words)
         elif slot == "history":
-            parts.append(_item_list(slots.history, titles, items_as, phrases["between_titles"], items))
+            learnt = slots.learnt_from if items_as == "title" else -1
+            parts.append(_item_list(slots.history, titles, items_as, phrases["between_titles"], items, learnt))
         elif slot == "preference" or slot == "intention":
             text = clean_text(getattr(slots, slot))
             if not text:
@@ -149,13 +151,16 @@ def _words(text: str, domain: Domain, language: str) -> tuple[tuple[str, str], .
 
 
 def _item_list(
-    shown: Sequence[int], titles: Sequence[str], items_as: ItemsAs, separator: str, tokens: list[int]
+    shown: Sequence[int], titles: Sequence[str], items_as: ItemsAs, separator: str, tokens: list[int], learnt: int = -1
 ) -> str:
-    """The text of some items; those that stand as soft tokens are appended to ``tokens``."""
+    """The text of some items; those that stand as soft tokens are appended to ``tokens``; titles from ``learnt`` on are marked."""
     if items_as != "title":
         tokens.extend(shown)
     if items_as == "token":
         return ITEM_SLOT * len(shown)
     if items_as == "title":
-        return separator.join([titles[i] for i in shown])
+        if learnt < 0:
+            return separator.join([titles[i] for i in shown])
+        marked = (f"{TITLE_OPEN}{titles[i]}{TITLE_CLOSE}" if n >= learnt else titles[i] for n, i in enumerate(shown))
+        return separator.join(marked)
     return separator.join([f"{ITEM_SLOT} {titles[i]}" for i in shown])

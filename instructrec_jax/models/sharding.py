@@ -8,15 +8,26 @@ the gradient flows back through the same reshard as a reduce-scatter.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 from jax import P
 
-from instructrec_jax.config import ModelConfig
 from instructrec_jax.errors import ConfigError
 
 MESH_AXES = ("replica", "fsdp", "tensor")
 BATCH = ("replica", "fsdp")
+
+
+class Shape(Protocol):
+    """What a plan depends on: an ``Architecture``."""
+
+    @property
+    def width(self) -> int: ...  # noqa: D102
+    @property
+    def kv_heads(self) -> int: ...  # noqa: D102
+    @property
+    def mlp_width(self) -> int: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,8 @@ class Rules:
     mlp_out_fd: P = P("tensor", "fsdp")
     vector_d: P = P(None)
     vector_v: P = P("tensor")
+    positions_td: P = P(None, "fsdp")  # learned positions, token types
+    relative_rkg: P = P(None, "tensor", None)  # T5's bias per distance bucket and head
     # Activations.
     ids_bs: P = P(BATCH, None)
     act_bsd: P = P(BATCH, None, None)
@@ -42,6 +55,7 @@ class Rules:
     mlp_bsf: P = P(BATCH, None, "tensor")
     logits_bsv: P = P(BATCH, None, "tensor")
     table_used: P = P("tensor", None)
+    relative_bstkg: P = P(BATCH, None, None, "tensor", None)
 
 
 RULES = Rules()
@@ -62,7 +76,7 @@ def rows_by_index(x: jax.Array, order: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, index: row.at[index].get())(x, order)
 
 
-def check_divides(model: ModelConfig, sizes: dict[str, int], batch_size: int) -> None:
+def check_divides(model: Shape, sizes: dict[str, int], batch_size: int) -> None:
     """Refuse a plan that does not divide, naming axis, number and the nearest mesh size that works.
 
     Raises:

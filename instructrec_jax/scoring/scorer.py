@@ -22,12 +22,20 @@ import numpy as np
 from jaxtyping import Float
 
 from instructrec_jax.config import ModelConfig
-from instructrec_jax.data.tokenise import encode_prompt, pad_to, truncate
+from instructrec_jax.data.tokenise import encode_answer, encode_prompt, pad_to, truncate
 from instructrec_jax.data.tokenizer import Text
 from instructrec_jax.errors import UserError, did_you_mean
 from instructrec_jax.instructions.example import InstructionExample
-from instructrec_jax.models.decoder import Decoder, Sizes, apply, item_logits, word_logits
-from instructrec_jax.models.sharding import BATCH, RULES, lookup
+from instructrec_jax.models.architecture import Architecture
+from instructrec_jax.models.language_model import (
+    LanguageModel,
+    Sizes,
+    apply,
+    item_logits,
+    read_prompt,
+    word_log_prob,
+)
+from instructrec_jax.models.sharding import BATCH, RULES
 from instructrec_jax.scoring.buckets import bucket, groups_by_length
 
 METHODS = ("items", "likelihood")
@@ -46,8 +54,8 @@ class Scorer:
     """Scores requests with given parameters. Build it, and call it, inside ``jax.set_mesh``.
 
     Args:
-        config, sizes: the model.
-        params: its parameters, on the mesh.
+        config, arch, sizes: the model.
+        params: its variables ({"params": ..., "lora": ...}), on the mesh.
         content: item features ``[I, Fc]`` on the mesh, padded like the item table.
         num_items: real items in the padded table.
         text: the tokeniser.
@@ -59,6 +67,7 @@ class Scorer:
     def __init__(
         self,
         config: ModelConfig,
+        arch: Architecture,
         sizes: Sizes,
         params: Any,
         content: jax.Array,
@@ -78,8 +87,9 @@ class Scorer:
         self._shards = shards
         self._sharding = jax.NamedSharding(mesh, RULES.ids_bs)
         self._title_tokens: dict[int, list[int]] = {}
-        self._items_step = _items_step(config, sizes, num_items)
-        self._likelihood_step = _likelihood_step(config, sizes)
+        self._items_step = _items_step(config, arch, sizes, num_items)
+        self._likelihood_step = _likelihood_step(config, arch, sizes)
+        self._has_items = bool(sizes.items)
 
     def score(
         self, requests: Sequence[Request], method: str = "items", *, normalise: Literal["sum", "mean"] = "sum"
@@ -94,7 +104,11 @@ class Scorer:
                 f"unknown scoring method {method!r}{did_you_mean(method, METHODS)}",
                 remedy=f"one of {', '.join(METHODS)}",
             )
-        prompts = [truncate(encode_prompt(r.prompt, self._text), self._max_prompt)[0] for r in requests]
+        if method == "items" and not self._has_items:
+            raise UserError("this model has no item head", remedy="score by likelihood, or train with item tokens")
+        prompts = [
+            truncate(encode_prompt(r.prompt, self._text), self._max_prompt, len(self._text.before))[0] for r in requests
+        ]
         chosen = [self._check(number, r.candidates) for number, r in enumerate(requests)]
         out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(requests)
         size = self._batch_size
@@ -147,7 +161,7 @@ class Scorer:
 
     def _tokens_of(self, item: int) -> list[int]:
         if item not in self._title_tokens:
-            self._title_tokens[item] = [*self._text.encode(self._titles[item]), self._text.eos]
+            self._title_tokens[item] = encode_answer(self._titles[item], self._text)
         return self._title_tokens[item]
 
     def _by_likelihood(
@@ -162,15 +176,17 @@ class Scorer:
         width = bucket(max((len(t) for row in texts for t in row), default=1), 4)
         # Candidate c of a row occupies [c * width, (c + 1) * width): inputs are its tokens but the last, which is only predicted.
         tokens = np.zeros((rows, slots, width), np.int32)
+        count = np.zeros((rows, slots), np.int32)
         for row, candidates in enumerate(texts):
             for slot, ids in enumerate(candidates):
                 tokens[row, slot, : len(ids)] = ids
-        real = tokens > 0  # <pad> is 0 and never part of a text
+                count[row, slot] = len(ids)
+        offset = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)  # from the prompt's end
+        real = offset < count[:, :, None]
         packed = {
             "tokens": tokens,
             "segment_ids": np.where(real, np.arange(1, slots + 1)[None, :, None], 0).astype(np.int32),
-            "positions": (lengths[:, None, None] + np.arange(width)[None, None, :]).astype(np.int32)
-            * np.ones((1, slots, 1), np.int32),
+            "positions": offset,
         }
         packed = {k: v.reshape(rows, slots * width) for k, v in packed.items()}
         nothing = np.zeros((rows, slots * width), np.int32)
@@ -179,57 +195,50 @@ class Scorer:
         last = jax.device_put(lengths - 1, jax.NamedSharding(self._sharding.mesh, jax.P(BATCH)))
         scores = np.asarray(self._likelihood_step(self.params, batch, last, device, self._content, slots))
         if mean:
-            scores = scores / np.maximum(real.sum(-1), 1)
+            scores = scores / np.maximum(count, 1)
         return [scores[row, : len(c)] for row, c in enumerate(lists)]
 
 
-def _last_hidden(hidden: jax.Array, last: jax.Array) -> jax.Array:
-    """Hidden state [B, 1, D] of each row's last real position."""
-    return jax.vmap(lambda row, at: row.at[at[None]].get())(hidden, last)
-
-
-def _items_step(config: ModelConfig, sizes: Sizes, num_items: int) -> Callable[..., jax.Array]:
-    model = Decoder(config, sizes)
+def _items_step(config: ModelConfig, arch: Architecture, sizes: Sizes, num_items: int) -> Callable[..., jax.Array]:
+    model = LanguageModel(arch, sizes, config)
 
     @jax.jit
-    def step(params: Any, batch: dict[str, jax.Array], last: jax.Array, content: jax.Array) -> jax.Array:
-        out = apply(model, params, batch, content)
-        logits = item_logits(_last_hidden(out.hidden, last), out, num_items)[:, 0]
-        return jax.nn.log_softmax(logits, axis=-1)
+    def step(variables: Any, batch: dict[str, jax.Array], last: jax.Array, content: jax.Array) -> jax.Array:
+        hidden, _, out = read_prompt(model, variables, batch, last, content)
+        return jax.nn.log_softmax(item_logits(hidden, out, num_items)[:, 0], axis=-1)
 
     return step
 
 
-def _likelihood_step(config: ModelConfig, sizes: Sizes) -> Callable[..., jax.Array]:
-    model = Decoder(config, sizes)
+def _likelihood_step(config: ModelConfig, arch: Architecture, sizes: Sizes) -> Callable[..., jax.Array]:
+    model = LanguageModel(arch, sizes, config)
 
     @partial(jax.jit, static_argnums=5)
     def step(
-        params: Any,
+        variables: Any,
         batch: dict[str, jax.Array],
         last: jax.Array,
         candidates: dict[str, jax.Array],
         content: jax.Array,
         slots: int,
     ) -> jax.Array:
-        prompt = apply(model, params, batch, content)
-        out = apply(model, params, candidates, content, (prompt.cache, batch["segment_ids"] > 0))
+        start, memory, _ = read_prompt(model, variables, batch, last, content)
+        inputs = {**candidates, "positions": candidates["positions"] + memory.following[:, None]}
+        out = apply(model, variables, inputs, content, memory)
         rows, packed = candidates["tokens"].shape
         width = packed // slots
 
-        # Token 0 of every candidate is predicted by the prompt's last position, token j by the candidate's position j - 1.
-        first = jnp.broadcast_to(_last_hidden(prompt.hidden, last)[:, :, None, :], (rows, slots, 1, config.width))
-        rest = out.hidden.reshape(rows, slots, width, config.width)[:, :, :-1]
+        # Token 0 of every candidate is predicted by what the prompt left, token j by the candidate's position j - 1.
+        first = jnp.broadcast_to(start[:, :, None, :], (rows, slots, 1, arch.width))
+        rest = out.hidden.reshape(rows, slots, width, arch.width)[:, :, :-1]
         targets = candidates["tokens"].reshape(rows, slots, width)
+        real = candidates["segment_ids"].reshape(rows, slots, width) > 0
 
-        def one_slot(hidden: jax.Array, target: jax.Array) -> jax.Array:
+        def one_slot(hidden: jax.Array, target: jax.Array, real: jax.Array) -> jax.Array:
             # One candidate slot of every row at a time: logits [B, width, V] instead of [B, slots * width, V].
-            normaliser = jax.nn.logsumexp(word_logits(hidden, out), axis=-1)
-            chosen = jnp.sum(hidden.astype(jnp.float32) * lookup(out.word_head, target), axis=-1)
-            return jnp.sum((chosen - normaliser) * (target > 0), axis=-1)
+            return jnp.sum(word_log_prob(hidden, target, out, arch) * real, axis=-1)
 
-        by_slot = (jnp.moveaxis(jnp.concatenate([first, rest], axis=2), 1, 0), jnp.moveaxis(targets, 1, 0))
-        scores = jax.lax.map(lambda part: one_slot(*part), by_slot)
-        return scores.T
+        by_slot = tuple(jnp.moveaxis(x, 1, 0) for x in (jnp.concatenate([first, rest], axis=2), targets, real))
+        return jax.lax.map(lambda part: one_slot(*part), by_slot).T
 
     return step

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructrec_jax.config import ModelConfig
 from instructrec_jax.files import write_atomic
-from instructrec_jax.models.decoder import Sizes
+from instructrec_jax.models.architecture import Architecture
+from instructrec_jax.models.language_model import Sizes
 
 # Dense bf16 peak of one chip in FLOP/s, as the vendors publish it; matched against jax.Device.device_kind.
 PEAKS = {
@@ -86,14 +86,25 @@ def peak_flops() -> float:
 
 
 def step_flops(
-    model: ModelConfig, sizes: Sizes, tokens: int, length: int, item_targets: float, text_targets: float
+    arch: Architecture,
+    sizes: Sizes,
+    tokens: int,
+    length: int,
+    item_targets: float,
+    text_targets: float,
+    passes: int = 3,
 ) -> float:
-    """Analytic FLOPs of one training step: 6 per weight and token, attention halved for causality, heads only where they predict.
+    """Analytic FLOPs of one training step: 2 per weight, token and pass, attention halved for causality, heads only where they
+    predict.
 
-    ``tokens`` counts the tokens that are not padding, so this divided by time and peak is the useful-token MFU.
+    ``passes`` is 3 where all weights learn (forward, and two products backward), 2 where they are frozen. ``tokens`` counts the
+    tokens that are not padding, so this divided by time and peak is the useful-token MFU. An encoder-decoder is counted as if all
+    tokens passed through both stacks.
     """
-    layer = model.width * (2 * model.heads + 2 * model.kv_heads) * model.head_size + 3 * model.width * model.mlp_width
-    body = 6 * tokens * model.layers * (layer + model.heads * model.head_size * length)
-    heads = 6 * model.width * (item_targets * sizes.items + text_targets * sizes.vocab)
-    content = 6 * sizes.items * sizes.content * model.width
+    attention = arch.width * (2 * arch.heads + 2 * arch.kv_heads) * arch.head_size
+    layer = attention + (3 if arch.gated else 2) * arch.width * arch.mlp_width
+    layers = arch.layers + arch.encoder_layers
+    body = 2 * passes * tokens * layers * (layer + arch.heads * arch.head_size * length)
+    heads = 2 * passes * arch.width * (item_targets * sizes.items + text_targets * sizes.vocab)
+    content = 2 * passes * sizes.items * sizes.content * arch.width
     return body + heads + content

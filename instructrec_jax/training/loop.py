@@ -17,7 +17,9 @@ from instructrec_jax.config import Config, dump, to_dict
 from instructrec_jax.data.tokenise import TASKS
 from instructrec_jax.errors import ConfigError, UserError
 from instructrec_jax.files import write_atomic, write_json
-from instructrec_jax.models.decoder import Sizes
+from instructrec_jax.models.adapters import Tree
+from instructrec_jax.models.architecture import Architecture
+from instructrec_jax.models.language_model import Sizes
 from instructrec_jax.models.sharding import check_divides
 from instructrec_jax.training.checkpoint import Checkpoints, check_writable
 from instructrec_jax.training.log import MetricsFile, format_seconds, peak_flops, step_flops
@@ -61,7 +63,10 @@ def train(
     *,
     batches: Iterator[dict[str, np.ndarray]],
     content: jax.Array,
+    arch: Architecture,
     sizes: Sizes,
+    trained: Tree,
+    frozen: Tree,
     num_items: int,
     validate: Validate,
     say: Callable[[str], None],
@@ -73,7 +78,10 @@ def train(
         run_dir: where checkpoints, ``metrics.jsonl`` and TensorBoard events go.
         batches: this process's loader; its position is saved with the state.
         content: item features ``[I, Fc]`` on the mesh. Call inside ``jax.set_mesh``.
+        arch: the model's.
         sizes: table sizes; ``num_items`` is the number of real items in the padded item table.
+        trained: parameters at step 0 that learn; the run's own, since their buffers are reused.
+        frozen: the others, which no checkpoint holds.
         num_items: real items.
         validate: metrics of given parameters on the validation split.
         say: prints one line.
@@ -94,17 +102,22 @@ def train(
         raise ConfigError(
             f"train.sequence_length = {settings.sequence_length} is not a multiple of train.logits_chunk = {settings.logits_chunk}"
         )
-    check_divides(config.model, mesh, settings.batch_size // settings.accumulate)
+    check_divides(arch, mesh, settings.batch_size // settings.accumulate)
 
     # -------------------------------------------------------------------------------------- state: fresh, or the last saved
-    state: State = init_state(config, sizes, content, settings.seed)
+    state: State = init_state(trained, settings)
+    del trained  # donated to the first step
     state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
     check_writable(run_dir, state_bytes * (settings.keep + 2))
     write_atomic(run_dir / "config.yaml", dump(config))
     checkpoints = Checkpoints(run_dir / "checkpoints", settings.keep)
-    parameters = sum(x.size for x in jax.tree.leaves(state["params"]))
-    say(f"{parameters:,} parameters, {state_bytes / 1e6:.1f} MB of state; mesh {mesh}; {settings.batch_size} rows x "
-        f"{settings.sequence_length} tokens a step in {settings.accumulate} micro-batch(es)")  # fmt: skip
+    parameters, fixed = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state["params"], frozen))
+    say(
+        f"{parameters:,} parameters learn{f', {fixed:,} are frozen' if fixed else ''}; {state_bytes / 1e6:.1f} MB of state; mesh {mesh}"
+    )
+    say(
+        f"{settings.batch_size} rows x {settings.sequence_length} tokens a step in {settings.accumulate} micro-batch(es)"
+    )
     first = checkpoints.latest() or 0
     if first:
         state = checkpoints.restore(first, state, batches)
@@ -113,11 +126,12 @@ def train(
         say(f"nothing to do: the run is at step {first} of {settings.steps}")
 
     # ------------------------------------------------------------------------------------------------------ the train loop
-    train_step = make_train_step(config, sizes, num_items)
+    train_step = make_train_step(config, arch, sizes, num_items)
     metrics_file = MetricsFile(run_dir, first)
     peak = peak_flops()
     stop = StopRequest()
     best: dict[str, float] = {}
+    passes = 2 if fixed else 3
     window = Window()
     step = saved = first
     try:
@@ -125,12 +139,12 @@ def train(
             waited = time.perf_counter()
             batch = put_batch(next(batches), settings.accumulate)
             window.waited += time.perf_counter() - waited
-            state, metrics = train_step(state, batch, content)
+            state, metrics = train_step(state, frozen, batch, content)
             window.add(metrics)
             step += 1
 
             if step % settings.log_every == 0 or step == settings.steps:
-                values = window.summary(step, config, sizes, peak)
+                values = window.summary(step, config, arch, sizes, passes, peak)
                 metrics_file.write(step, values)
                 done = step - first
                 eta = (settings.steps - step) * (time.perf_counter() - started) / max(done, 1)
@@ -187,7 +201,9 @@ class Window:
         if not self._metrics:
             self._began = time.perf_counter()
 
-    def summary(self, step: int, config: Config, sizes: Sizes, peak: float) -> dict[str, float]:
+    def summary(
+        self, step: int, config: Config, arch: Architecture, sizes: Sizes, passes: int, peak: float
+    ) -> dict[str, float]:
         """Means over the window, after checking that every step was finite."""
         host = jax.device_get(self._metrics)
         seconds = time.perf_counter() - self._began
@@ -207,12 +223,13 @@ class Window:
         capacity = len(host) * config.train.batch_size * config.train.sequence_length
         # The mean distance that attention covers within a row is not known here; half the row bounds it.
         flops = step_flops(
-            config.model,
+            arch,
             sizes,
             int(tokens),
             config.train.sequence_length // 2,
             float(total("item_count")),
             float(total("text_count")),
+            passes,
         )
         values = {
             "loss": float(loss.mean()),

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from instructrec_jax.models.decoder import Output, item_logits, word_logits
+from instructrec_jax.models.architecture import Architecture
+from instructrec_jax.models.language_model import Output, item_logits, word_log_prob
 from instructrec_jax.models.sharding import lookup, rows_by_index
 
 NUM_TASKS = 8  # task numbers are 1-based and small; 0 is padding
@@ -29,13 +30,11 @@ class Sums(NamedTuple):
     task_count: Float[Array, " tasks"]
 
 
-def word_loss(out: Output, batch: dict[str, jax.Array], chunk: int) -> Sums:
-    """−log softmax(words)[target], summed over positions with a ``text_target``."""
+def word_loss(out: Output, batch: dict[str, jax.Array], chunk: int, arch: Architecture) -> Sums:
+    """−log softmax(words)[target], summed over positions with a ``text_target`` (token id + 1; 0 = none)."""
 
     def nll(hidden: jax.Array, target: jax.Array) -> jax.Array:
-        logits = word_logits(hidden, out)
-        chosen = jnp.sum(hidden.astype(jnp.float32) * lookup(out.word_head, target), axis=-1)
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
+        return -word_log_prob(hidden, jnp.maximum(target - 1, 0), out, arch)
 
     return _chunked(out.hidden, batch["text_target"], batch["task"], nll, chunk)
 
@@ -45,16 +44,19 @@ def item_loss(out: Output, batch: dict[str, jax.Array], count: int, smoothing: f
 
     With smoothing ε the target distribution is (1 − ε) on the target and ε spread evenly over the ``count`` real items.
     """
-    real = (jnp.arange(out.item_vectors.shape[0]) < count)[:, None]
-    mean_vector = jnp.sum(jnp.where(real, out.item_vectors, 0), axis=0) / count
-    mean_bias = jnp.sum(jnp.where(real[:, 0], out.item_bias, 0)) / count
+    if out.item_vectors is None or out.item_bias is None:
+        return zero_sums()
+    vectors, bias = out.item_vectors, out.item_bias
+    real = (jnp.arange(vectors.shape[0]) < count)[:, None]
+    mean_vector = jnp.sum(jnp.where(real, vectors, 0), axis=0) / count
+    mean_bias = jnp.sum(jnp.where(real[:, 0], bias, 0)) / count
 
     def nll(hidden: jax.Array, target: jax.Array) -> jax.Array:
         wide = hidden.astype(jnp.float32)
         index = jnp.maximum(target - 1, 0)
         normaliser = jax.nn.logsumexp(item_logits(hidden, out, count), axis=-1)
-        chosen = jnp.sum(wide * lookup(out.item_vectors, index), axis=-1)
-        chosen = chosen + lookup(out.item_bias[:, None], index)[..., 0]
+        chosen = jnp.sum(wide * lookup(vectors, index), axis=-1)
+        chosen = chosen + lookup(bias[:, None], index)[..., 0]
         average = jnp.einsum("bsd,d->bs", wide, mean_vector) + mean_bias
         return normaliser - (1 - smoothing) * chosen - smoothing * average
 
@@ -73,10 +75,6 @@ def _chunked(
     chunk = min(chunk, length)
     if length % chunk:
         raise ValueError(f"train.sequence_length = {length} must be a multiple of train.logits_chunk = {chunk}")
-    order = jnp.argsort(target == 0, axis=1, stable=True)
-    parts = [rows_by_index(x, order) for x in (hidden, target, task)]
-    # Chunk axis first, for the scan.
-    parts = [jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0) for x in parts]
 
     def compute(hidden: jax.Array, target: jax.Array, task: jax.Array) -> Sums:
         weight = (target > 0).astype(jnp.float32)
@@ -89,17 +87,26 @@ def _chunked(
             jnp.einsum("bs,bst->t", weight, by_task, out_sharding=jax.P(None)),
         )
 
+    if chunk == length:  # one chunk: nothing to skip, and the logits may as well be kept for the backward pass
+        return compute(hidden, target, task)
+
+    order = jnp.argsort(target == 0, axis=1, stable=True)
+    parts = [rows_by_index(x, order) for x in (hidden, target, task)]
+    # Chunk axis first, for the scan.
+    parts = [jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0) for x in parts]
+
     def nothing(hidden: jax.Array, target: jax.Array, task: jax.Array) -> Sums:
         del hidden, target, task
-        return _zero_sums()
+        return zero_sums()
 
     @jax.checkpoint
     def step(total: Sums, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Sums, None]:
         sums = jax.lax.cond(jnp.any(part[1] > 0), compute, nothing, *part)
         return jax.tree.map(jnp.add, total, sums), None
 
-    return jax.lax.scan(step, _zero_sums(), tuple(parts))[0]
+    return jax.lax.scan(step, zero_sums(), tuple(parts))[0]
 
 
-def _zero_sums() -> Sums:
+def zero_sums() -> Sums:
+    """Nothing lost on nothing."""
     return Sums(jnp.float32(0), jnp.float32(0), jnp.zeros(NUM_TASKS), jnp.zeros(NUM_TASKS))

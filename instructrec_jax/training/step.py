@@ -12,11 +12,13 @@ from jax import P
 from jaxtyping import Array, Float, Int
 
 from instructrec_jax.config import Config, TrainConfig
-from instructrec_jax.models.decoder import Decoder, Sizes, apply
-from instructrec_jax.models.sharding import BATCH, RULES
+from instructrec_jax.models.adapters import Tree, join, split
+from instructrec_jax.models.architecture import Architecture
+from instructrec_jax.models.language_model import LanguageModel, Sizes, apply, init_variables
+from instructrec_jax.models.sharding import BATCH
 from instructrec_jax.training import loss as losses
 
-State = dict[str, Any]  # {"params": tree, "opt": tree, "step": int32 scalar}
+State = dict[str, Any]  # {"params": what is trained, "opt": tree, "step": int32 scalar}
 Batch = dict[str, Array]  # every value [A, B/A, S]: A micro-batches
 BATCH_SPEC = P(None, BATCH, None)
 
@@ -34,12 +36,12 @@ def schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then AdamW; norms, biases and single vectors are not decayed."""
+    """Gradient clipping by global norm, then AdamW; norms, biases, single vectors and DoRA's magnitudes are not decayed."""
 
     def decayed(params: Any) -> Any:
         def leaf(path: tuple, x: Any) -> bool:
             name = jax.tree_util.keystr(path)
-            return not any(part in name for part in ("norm", "bias", "unknown_item"))
+            return not any(part in name for part in ("norm", "bias", "unknown_item", "magnitude"))
 
         return jax.tree_util.tree_map_with_path(leaf, params)
 
@@ -49,57 +51,62 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def empty_batch(rows: int, length: int) -> Batch:
-    """A micro-batch of padding, for initialisation without data."""
-    ints = ("tokens", "item", "feature", "text_target", "item_target", "task", "segment_ids", "positions")
-    kinds = {**dict.fromkeys(ints, jnp.int32), "feature_value": jnp.float32}
-    return {k: jnp.zeros((rows, length), dtype, out_sharding=RULES.ids_bs) for k, dtype in kinds.items()}
+def init_model(
+    config: Config,
+    arch: Architecture,
+    sizes: Sizes,
+    content: Float[Array, "I Fc"],
+    seed: int,
+    base: Tree | None = None,
+) -> tuple[Tree, Tree]:
+    """(trained, frozen) collections, every leaf born with its sharding. ``base`` are the parameters of a published model.
+
+    What ``base`` holds is not initialised: only the adapter, and the item tokens and heads, get fresh values.
+    """
+    base = base or {}
+
+    def fresh(key: Array, content: Array) -> Tree:
+        variables = init_variables(arch, sizes, config.model, key, content)
+        params = {name: value for name, value in variables["params"].items() if name not in base}
+        return {"params": params, **{k: v for k, v in variables.items() if k != "params"}}
+
+    variables = jax.jit(fresh)(jax.random.key(seed), content)
+    variables["params"] = {**base, **variables["params"]}
+    return split(variables, config.model.trainable)
 
 
-def init_params(config: Config, sizes: Sizes, content: Float[Array, "I Fc"], seed: int) -> Any:
-    """Fresh parameters, every leaf born with its sharding."""
-    model = Decoder(config.model, sizes)
-    rows = config.train.batch_size // config.train.accumulate
-
-    def init(key: Array, content: Array) -> Any:
-        return model.init(key, empty_batch(rows, 8), content)["params"]
-
-    return jax.jit(init)(jax.random.key(seed), content)
-
-
-def init_state(config: Config, sizes: Sizes, content: Float[Array, "I Fc"], seed: int) -> State:
-    """Fresh parameters and optimiser state at step 0."""
-    params = init_params(config, sizes, content, seed)
+def init_state(params: Tree, config: TrainConfig) -> State:
+    """The state at step 0 of given trained parameters."""
     # Jitted, tx.init would put the moments on one device; eagerly they keep the parameters' sharding.
-    opt = optimizer(config.train).init(params)
+    opt = optimizer(config).init(params)
     replicated = jax.NamedSharding(jax.sharding.get_mesh(), P())
     opt = jax.tree.map(lambda x: jax.device_put(x, replicated) if x.ndim == 0 else x, opt)
     return {"params": params, "opt": opt, "step": jax.device_put(jnp.int32(0), replicated)}
 
 
 def make_train_step(
-    config: Config, sizes: Sizes, num_items: int
-) -> Callable[[State, Batch, Array], tuple[State, dict[str, Array]]]:
-    """The jitted step ``(state, batch, content) -> (state, metrics)``; the state is donated.
+    config: Config, arch: Architecture, sizes: Sizes, num_items: int
+) -> Callable[[State, Tree, Batch, Array], tuple[State, dict[str, Array]]]:
+    """The jitted step ``(state, frozen, batch, content) -> (state, metrics)``; the state is donated.
 
     loss = w_item · Σ item_nll / Σ item targets + w_text · Σ text_nll / Σ text targets, where the denominators are counted over the
     whole batch before the first micro-batch: accumulation gives the full-batch gradient, however targets are spread.
     """
     train = config.train
-    model = Decoder(config.model, sizes, train=True)
+    model = LanguageModel(arch, sizes, config.model, train=True)
     tx = optimizer(train)
     rate = schedule(train)
 
     def micro_loss(
-        params: Any, batch: Batch, content: Array, key: Array, totals: tuple[Array, Array]
+        params: Tree, frozen: Tree, batch: Batch, content: Array, key: Array, totals: tuple[Array, Array]
     ) -> tuple[Array, Any]:
-        out = apply(model, params, batch, content, rngs={"dropout": key})
+        out = apply(model, join(params, frozen), batch, content, rngs={"dropout": key})
         item = losses.item_loss(out, batch, num_items, train.label_smoothing, train.logits_chunk)
-        text = losses.word_loss(out, batch, train.logits_chunk)
+        text = losses.word_loss(out, batch, train.logits_chunk, arch)
         loss = train.item_loss_weight * item.loss / totals[0] + train.text_loss_weight * text.loss / totals[1]
         return loss, {"item": item._asdict(), "text": text._asdict()}
 
-    def step(state: State, batch: Batch, content: Array) -> tuple[State, dict[str, Array]]:
+    def step(state: State, frozen: Tree, batch: Batch, content: Array) -> tuple[State, dict[str, Array]]:
         totals = tuple(
             jnp.maximum(jnp.sum(batch[k] > 0).astype(jnp.float32), 1.0) for k in ("item_target", "text_target")
         )
@@ -108,16 +115,15 @@ def make_train_step(
 
         def accumulate(carry: tuple, part: tuple[Batch, Int[Array, ""]]) -> tuple[tuple, None]:
             micro, number = part
-            (loss, sums), grads = grad(state["params"], micro, content, jax.random.fold_in(key, number), totals)
+            (loss, sums), grads = grad(state["params"], frozen, micro, content, jax.random.fold_in(key, number), totals)
             return jax.tree.map(jnp.add, carry, (loss, sums, grads)), None
 
         count = batch["tokens"].shape[0]
         if count == 1:
-            (loss, sums), grads = grad(
-                state["params"], {k: v[0] for k, v in batch.items()}, content, jax.random.fold_in(key, 0), totals
-            )
+            only = {k: v[0] for k, v in batch.items()}
+            (loss, sums), grads = grad(state["params"], frozen, only, content, jax.random.fold_in(key, 0), totals)
         else:
-            zero = losses._zero_sums()._asdict()
+            zero = losses.zero_sums()._asdict()
             start = (jnp.float32(0), {"item": zero, "text": zero}, jax.tree.map(jnp.zeros_like, state["params"]))
             (loss, sums, grads), _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(count)))
 

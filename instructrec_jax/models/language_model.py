@@ -1,0 +1,297 @@
+"""A language model that reads words, items and user features, answers in words, and ranks the whole catalogue.
+
+Item i has the vector f_i = W c_i + e_i (content projection + learned part) and the bias θ_i. It enters the text as the soft token
+f_i, and the *matching head* scores it against the hidden state g of the position that reads the instruction:
+
+    R_i = softmax_i(f_i · g + θ_i)                              over the whole catalogue
+
+A new item needs only its content c_i. Words are predicted by the word table (tied or not) from the same hidden states.
+
+A model *reads* a prompt (``read``) and *continues* it (``memory``); a decoder keeps the prompt's keys and values, an encoder-decoder
+the encoder's output and its first decoder position. Who scores or generates need not know which it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from instructrec_jax.config import ModelConfig
+from instructrec_jax.models import attention
+from instructrec_jax.models.architecture import Architecture
+from instructrec_jax.models.block import stack
+from instructrec_jax.models.heads import Memory, Output, Sizes, item_logits, pooled, word_log_prob, word_logits
+from instructrec_jax.models.parts import dropout, norm, param
+from instructrec_jax.models.rows import Batch, plain_batch, split_rows, start_row
+from instructrec_jax.models.sharding import MESH_AXES, RULES, lookup, padded
+
+PLAIN = ModelConfig(dropout=0.0, item_dropout=0.0)
+
+__all__ = [
+    "PLAIN", "LanguageModel", "Memory", "Output", "Sizes", "abstract_params", "apply", "count_parameters", "init_variables",
+    "item_logits", "plain_batch", "pooled", "read_prompt", "word_log_prob", "word_logits",
+]  # fmt: skip
+
+
+class LanguageModel(nn.Module):
+    """The whole model. ``init`` and ``apply`` are pure; parameters are a plain dictionary."""
+
+    arch: Architecture
+    sizes: Sizes | None = None  # None = the published vocabulary, no items
+    options: ModelConfig = PLAIN
+    train: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        batch: Batch,
+        content: Float[Array, "I Fc"] | None = None,
+        memory: Memory | None = None,
+        *,
+        read: bool = False,
+    ) -> Output:
+        """Read rows of tokens.
+
+        Args:
+            batch: ``tokens, positions, segment_ids`` and, where there are items, ``item, feature, feature_value``, each ``[B, S]``
+                (see ``data/tokenise.py``). Segment 0 is padding. An encoder-decoder also takes pairs: ``source_tokens,
+                source_segment_ids, source_positions [B, E]`` for the encoder, and the decoder's inputs as ``tokens``, ...
+            content: item features, one row per catalogue item, zero rows for padding.
+            memory: of a prompt that all segments continue.
+            read: encoder-decoder: encode the rows as prompts and decode the start token alone. Without it the rows are training
+                rows, whose targets say where the prompt ends and the answer begins.
+
+        Returns:
+            Hidden states (of every position; of the start token if an encoder-decoder reads), the head tables, and the keys and
+            values of the new positions.
+        """
+        a, o = self.arch, self.options
+        s = self.sizes or Sizes(padded(a.vocab))
+        dtype = jnp.dtype(o.dtype)
+        words = param(self, "words", 0.02, (s.vocab, a.width), RULES.table_vd, o.param_dtype)
+        head = (
+            words if a.tied_head else param(self, "word_head", 0.02, (s.vocab, a.width), RULES.table_vd, o.param_dtype)
+        )
+        head_bias = param(self, "word_bias", 0.0, (s.vocab,), RULES.vector_v) if a.head_bias else None
+        item_bias = vectors = None
+        if s.items:
+            item_bias = self.param(
+                "item_bias", lambda _: jnp.zeros((s.items,), jnp.float32, out_sharding=RULES.vector_v)
+            )
+            vectors = self._item_vectors(content, s)
+
+        def embedded(part: Batch) -> jax.Array:
+            x = self._embed(part, words, vectors, s)
+            if a.input_norm:
+                x = norm(a.norm, a.norm_eps, "input_norm")(x)
+            return dropout(self, x.astype(dtype), o.dropout, self.train)
+
+        if a.kind == "encoder-decoder":
+            x, kept, cross = self._encode_decode(batch, memory, read, embedded)
+        else:
+            x, kept = self._decode(embedded(batch), batch, memory, {})
+            cross = None
+        if a.final_norm:
+            x = norm(a.norm, a.norm_eps, "final_norm")(x)
+        if a.head_scale != 1.0:
+            x = x * a.head_scale
+        return Output(x, head, head_bias, vectors, item_bias, kept, cross)
+
+    def word_logits(self, out: Output) -> Float[Array, "B S V"]:
+        """Logits of every position over the published vocabulary. For long rows prefer ``word_log_prob`` on chunks."""
+        return word_logits(out.hidden, out, self.arch)[..., : self.arch.vocab]
+
+    # ------------------------------------------------------------------------------------------------------- embeddings
+
+    def _item_vectors(self, content: jax.Array | None, s: Sizes) -> jax.Array:
+        """f_i = W c_i + e_i, [I, D]."""
+        a = self.arch
+        vectors = jnp.zeros((s.items, a.width), jnp.float32, out_sharding=RULES.table_used)
+        if s.content:
+            assert content is not None
+            project = param(self, "item_content", 0.2 * s.content**-0.5, (s.content, a.width), RULES.project_fd)
+            vectors = vectors + jnp.einsum("if,fd->id", content, project, out_sharding=RULES.table_used)
+        if self.options.item_id_embedding:
+            std = 0.02 if s.content else a.width**-0.5
+            vectors = vectors + param(self, "item_id", std, (s.items, a.width), RULES.table_vd)
+        return vectors
+
+    def _embed(self, batch: Batch, words: jax.Array, vectors: jax.Array | None, s: Sizes) -> jax.Array:
+        """Word, item and feature tokens (and learned positions) as vectors [B, S, D]."""
+        a = self.arch
+        x = lookup(words, batch["tokens"])
+        if a.embed_scale != 1.0:
+            x = x * jnp.asarray(a.embed_scale, x.dtype)
+        if vectors is not None and "item" in batch:
+            x = self._soft_tokens(x, batch, vectors, s)
+        if a.positions == "learned":
+            table = param(self, "positions", 0.02, (a.max_positions, a.width), RULES.positions_td)
+            x = x + lookup(table, batch["positions"])
+        if a.token_types:
+            table = param(self, "token_types", 0.02, (a.token_types, a.width), RULES.positions_td)
+            x = x + lookup(table, batch.get("token_types", jnp.zeros_like(batch["tokens"])))
+        return x
+
+    def _soft_tokens(self, x: jax.Array, batch: Batch, vectors: jax.Array, s: Sizes) -> jax.Array:
+        o, a = self.options, self.arch
+        is_item = batch["item"] > 0
+        item = lookup(vectors, jnp.maximum(batch["item"] - 1, 0))
+        unknown = self.param(
+            "unknown_item", lambda key: jax.nn.initializers.normal(0.05)(key, (a.width,), jnp.float32, RULES.vector_d)
+        )
+        if self.train and o.item_dropout:
+            drop = jax.random.bernoulli(self.make_rng("dropout"), o.item_dropout, is_item.shape)
+            item = jnp.where(drop[..., None], unknown, item)
+        x = jnp.where(is_item[..., None], item, x)
+        if s.features:
+            table = param(self, "feature_table", 0.02, (s.features, a.width), RULES.table_vd)
+            offset = param(self, "feature_offset", 0.02, (s.features, a.width), RULES.table_vd)
+            row = jnp.maximum(batch["feature"] - 1, 0)
+            feature = lookup(table, row) * batch["feature_value"][..., None] + lookup(offset, row)
+            x = jnp.where((batch["feature"] > 0)[..., None], feature, x)
+        return x
+
+    # ----------------------------------------------------------------------------------------------------------- layers
+
+    def _decode(
+        self, x: jax.Array, batch: Batch, memory: Memory | None, cross: dict[str, Any]
+    ) -> tuple[jax.Array, Any]:
+        """The decoder's (or the only encoder's) layers; with cross-attention returns both kinds of keys and values."""
+        a, o = self.arch, self.options
+        segments, positions = batch["segment_ids"], batch["positions"]
+        mask, key_positions = attention.segment_mask(segments, a.causal), positions
+        own: dict[str, Any] = {}
+        if memory is not None:
+            mask = jnp.concatenate([attention.memory_mask(segments, memory.mask), mask], axis=2)
+            key_positions = jnp.concatenate([memory.positions, positions], axis=1)
+            own["past"] = memory.past
+            if memory.cross is not None:
+                own["cross"] = memory.cross
+        shared: dict[str, Any] = {"mask": mask}
+        if a.positions == "rotary":
+            shared["angles"] = attention.angles(positions, a.rope, a.head_size)
+        if a.positions == "relative":
+            shared["bias"] = self._relative("relative", positions, key_positions, bidirectional=not a.causal)
+        if a.window:
+            shared["local_mask"] = mask & attention.within_window(positions, key_positions, a.window)
+            if a.local_rope is not None:
+                shared["local_angles"] = attention.angles(positions, a.local_rope, a.head_size)
+            if a.local_layers and not all(a.local_layers):
+                own["local"] = jnp.asarray(a.local_layers)
+        x, kept = stack(a, o, self.train, a.layers, x, own, {**shared, **cross})
+        return x, (kept["self"] if not cross else kept)
+
+    def _relative(self, name: str, query: jax.Array, key: jax.Array, bidirectional: bool) -> Float[Array, "B K S G T"]:
+        """T5's learned bias by bucket of distance, one table for all layers."""
+        a = self.arch
+        table = param(self, name, 0.1, (a.relative_buckets, a.kv_heads, a.groups), RULES.relative_rkg)
+        bucket = attention.relative_bucket(
+            key[:, None, :] - query[:, :, None], a.relative_buckets, a.relative_distance, bidirectional
+        )
+        bias = table.at[bucket].get(out_sharding=RULES.relative_bstkg)
+        return jnp.transpose(bias, (0, 3, 1, 4, 2)).astype(jnp.float32)
+
+    def _encode(self, x: jax.Array, segments: jax.Array, positions: jax.Array) -> jax.Array:
+        a = self.arch
+        shared = {
+            "mask": attention.segment_mask(segments, causal=False),
+            "bias": self._relative("encoder_relative", positions, positions, bidirectional=True),
+        }
+        x, _ = stack(a, self.options, self.train, a.encoder_layers, x, {}, shared, decoder=False, name="encoder_layers")
+        return norm(a.norm, a.norm_eps, "encoder_norm")(x)
+
+    def _encode_decode(
+        self, batch: Batch, memory: Memory | None, read: bool, embedded: Any
+    ) -> tuple[jax.Array, Any, Any]:
+        """Encoder and decoder, in one of three ways: training rows, reading prompts, continuing what was read."""
+        segments = batch["segment_ids"]
+        if memory is not None:
+            cross = {"cross_mask": attention.memory_mask(segments, cast(jax.Array, memory.cross_mask))}
+            x, kept = self._decode(embedded(batch), batch, memory, cross)
+            return x, kept["self"], kept["cross"]
+        if read:
+            prompt, answer = batch, start_row(batch, self.arch.decoder_start)
+            cross_mask = attention.memory_mask(answer["segment_ids"], segments > 0)
+        else:
+            if "source_tokens" in batch:
+                names = ("tokens", "segment_ids", "positions")
+                prompt, answer = {k: batch[f"source_{k}"] for k in names}, batch
+            else:
+                prompt, answer = split_rows(batch, self.arch.decoder_start)
+            same = answer["segment_ids"][:, :, None] == prompt["segment_ids"][:, None, :]
+            cross_mask = same & (answer["segment_ids"][:, :, None] > 0)
+        encoded = self._encode(embedded(prompt), prompt["segment_ids"], prompt["positions"])
+        shared = {"encoded": encoded, "cross_mask": cross_mask}
+        x, kept = self._decode(embedded(answer), answer, None, shared)
+        return x, kept["self"], kept["cross"]
+
+
+def apply(model: LanguageModel, variables: Any, *args: Any, **options: Any) -> Output:
+    """``model.apply`` with the type that it returns. ``variables`` = {"params": ..., "lora": ...}."""
+    return cast(Output, model.apply(variables, *args, **options))
+
+
+def read_prompt(
+    model: LanguageModel,
+    variables: Any,
+    batch: Batch,
+    last: Int[Array, " B"],
+    content: jax.Array | None = None,
+) -> tuple[Float[Array, "B 1 D"], Memory, Output]:
+    """Read prompts: the hidden state that predicts what follows, and the memory to continue from.
+
+    Args:
+        model, variables: the model.
+        batch: prompts, one per row.
+        last: index of each row's last real token.
+        content: item features.
+    """
+    out = apply(model, variables, batch, content, read=True)
+    if model.arch.kind == "encoder-decoder":
+        one = jnp.zeros_like(batch["positions"][:, :1])
+        memory = Memory(out.cache, one == 0, one, one[:, 0] + 1, out.cross, batch["segment_ids"] > 0)
+        return out.hidden, memory, out
+    at = last[:, None]
+    hidden = jax.vmap(lambda row, index: row.at[index].get())(out.hidden, at)
+    following = jax.vmap(lambda row, index: row.at[index].get())(batch["positions"], at)[:, 0] + 1
+    return hidden, Memory(out.cache, batch["segment_ids"] > 0, batch["positions"], following), out
+
+
+def count_parameters(arch: Architecture, sizes: Sizes | None = None, options: ModelConfig = PLAIN) -> int:
+    """Number of parameters, from the shapes alone (no memory is used); the padding of tables is not counted in a plain model.
+
+    Raises:
+        ConfigError: the architecture is inconsistent.
+    """
+    exact = sizes or Sizes(arch.vocab)
+    tree = abstract_params(arch, exact, options)
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def abstract_params(arch: Architecture, sizes: Sizes, options: ModelConfig = PLAIN) -> Any:
+    """The collection ``params`` as shapes, types and (on the current mesh, or without one on a mesh of one) shardings."""
+    mesh = jax.sharding.get_abstract_mesh()
+    with contextlib.ExitStack() as stacked:
+        if mesh.empty:
+            mesh = jax.sharding.AbstractMesh((1, 1, 1), MESH_AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3)
+            stacked.enter_context(jax.sharding.use_abstract_mesh(mesh))
+        return jax.eval_shape(lambda: init_variables(arch, sizes, options, jax.random.key(0)))["params"]
+
+
+def init_variables(
+    arch: Architecture, sizes: Sizes, options: ModelConfig, key: jax.Array, content: jax.Array | None = None
+) -> Any:
+    """All collections with fresh values, every leaf born with its sharding. Trace it (``jax.jit``, ``jax.eval_shape``)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = mesh.shape["replica"] * mesh.shape["fsdp"]
+    ints = ("tokens", "segment_ids", "positions", "text_target", "item_target", "item", "feature")
+    batch = {name: jnp.zeros((rows, 8), jnp.int32, out_sharding=RULES.ids_bs) for name in ints}
+    batch["feature_value"] = jnp.zeros((rows, 8), jnp.float32, out_sharding=RULES.ids_bs)
+    if content is None and sizes.items:
+        content = jnp.zeros((sizes.items, sizes.content), jnp.float32, out_sharding=RULES.table_used)
+    return LanguageModel(arch, sizes, options).init(key, batch, content)
