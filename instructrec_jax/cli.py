@@ -208,7 +208,9 @@ def recommend(
 @click.argument("prompt")
 @click.option("--max-new", type=int, default=64, show_default=True, help="Most tokens of the answer.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0: the likeliest token, no sampling.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample among the fewest tokens of this mass.")
+@click.option(
+    "--top-p", type=float, default=1.0, show_default=True, help="Sample among the fewest tokens of this mass."
+)
 @click.option("--beams", type=int, default=1, show_default=True, help="Beam search with this many hypotheses.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
 @click.option("--system", help="A system message, for a model with a chat template.")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -190,6 +191,7 @@ def generate(
 @contextlib.contextmanager
 def loaded(where: str | Path, *, system: str | None = None, dtype: str | None = None) -> Iterator[Generator]:
     """The generator of a run or a published model, on a mesh that is set inside the ``with`` block. See ``generate``."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     from instructrec_jax.models.language_model import PLAIN, LanguageModel
 
     if (Path(where) / "config.yaml").is_file():

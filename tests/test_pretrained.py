@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -107,12 +106,21 @@ def test_prepare_train_evaluate(made: Path, model: str) -> None:
     assert payload["protocol"].startswith("1+9") and payload["search"] is None
 
 
-def test_resume_takes_the_same_steps(made: Path) -> None:
+def test_an_interrupted_run_ends_like_a_whole_one(made: Path) -> None:
+    """Only the adapter is in the checkpoints; the published weights are read again."""
     config = config_of(made, "llama", {"seed": 3})
     prepare.prepare(config, lambda _: None)
-    run.train_run(config, made / "whole", lambda _: None)
-    half = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every=3, checkpoint_every=3))
-    run.train_run(half, made / "parts", lambda _: None)
+
+    def stop_at_four(line: str) -> None:
+        if line.startswith("step") and " 4/6 " in line:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run.train_run(config, made / "parts", stop_at_four)
+    lines: list[str] = []
+    run.train_run(config, made / "parts", lines.append)
+    assert "resumed from step 2" in lines
+    run.train_run(config, made / "whole", lines.append)
     with run.trained(made / "whole") as (_, whole, _), run.trained(made / "parts") as (_, parts, _):
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), whole, parts)
 

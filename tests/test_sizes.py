@@ -211,13 +211,16 @@ def on_first_device(tree: Any) -> int:
 MESHES = [(1, 1, 1), (1, 8, 1), (2, 2, 2)]
 
 
+def axes(mesh: tuple[int, int, int]) -> dict[str, int]:
+    return {"replica": mesh[0], "fsdp": mesh[1], "tensor": mesh[2]}
+
+
 @pytest.mark.parametrize("quantised", ["none", "int8", "nf4"])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_memory_estimate_is_what_a_loaded_model_takes(mesh: tuple[int, int, int], quantised: str) -> None:
     folder = GOLDEN / "smollm2"
     arch = read_config(folder)
-    axes = dict(zip(("replica", "fsdp", "tensor"), mesh))
-    estimate = memory_estimate(arch, quantised=quantised, mesh=axes)
+    estimate = memory_estimate(arch, quantised=quantised, mesh=axes(mesh))
     with jax.set_mesh(make_mesh(MeshConfig(*mesh), jax.devices()[: int(np.prod(mesh))])):
         params = load_params(folder, arch, "bfloat16", quantised=quantised)
         assert estimate.parameters == on_first_device(params)
@@ -228,8 +231,7 @@ def test_memory_estimate_is_what_training_takes(mesh: tuple[int, int, int], kind
     folder = GOLDEN / "smollm2"
     arch = read_config(folder)
     adapter = AdapterConfig(rank=4, kind=kind)
-    axes = dict(zip(("replica", "fsdp", "tensor"), mesh))
-    estimate = memory_estimate(arch, quantised="nf4", adapter=adapter, optimizer=True, mesh=axes)
+    estimate = memory_estimate(arch, quantised="nf4", adapter=adapter, optimizer=True, mesh=axes(mesh))
     model = ModelConfig(pretrained=str(folder), adapter=adapter, quantise="nf4", trainable=("adapter",))
     with jax.set_mesh(make_mesh(MeshConfig(*mesh), jax.devices()[: int(np.prod(mesh))])):
         base = load_params(folder, arch, "bfloat16", quantised="nf4")

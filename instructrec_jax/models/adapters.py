@@ -101,7 +101,7 @@ def split(variables: Tree, trainable: tuple[str, ...]) -> tuple[Tree, Tree]:
         for key in path[:-1]:
             target = target.setdefault(key, {})
         # Steps are smaller than what bfloat16 resolves.
-        target[path[-1]] = node.astype(jnp.float32) if learns else node
+        target[path[-1]] = jnp.asarray(node, jnp.float32) if learns else node
 
     walk(variables, ())
     if not trained:

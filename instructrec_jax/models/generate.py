@@ -21,6 +21,7 @@ from jax import P
 from jaxtyping import Array, Bool, Float, Int
 
 from instructrec_jax.errors import ConfigError, UserError
+from instructrec_jax.models import beam_search
 from instructrec_jax.models.block import KeysValues
 from instructrec_jax.models.language_model import (
     Batch,
@@ -32,8 +33,6 @@ from instructrec_jax.models.language_model import (
     word_logits,
 )
 from instructrec_jax.models.sharding import BATCH, rows_by_index
-
-NEVER = -1e9  # score of what must not be chosen
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def generate(
         raise ConfigError("an encoder answers nothing", remedy="a decoder or an encoder-decoder")
     if decoding.temperature and key is None:
         raise ConfigError(f"temperature = {decoding.temperature} needs a key", remedy="jax.random.key(seed)")
-    if decoding.beams > 1 and _kept(decoding) > arch.vocab:
+    if decoding.beams > 1 and beam_search.kept(decoding) > arch.vocab:
         raise ConfigError(f"beams = {decoding.beams} are too many for a vocabulary of {arch.vocab} tokens")
     mesh = jax.sharding.get_mesh()
     shards = mesh.shape["replica"] * mesh.shape["fsdp"]
@@ -157,24 +156,18 @@ def _generate(
     hidden, memory, out = read_prompt(model, variables, prompts, jnp.maximum(last, 0), content)
     logits = _logits(hidden, out, model)
     if kind.beams == 1:
-        loop = _Loop(model, variables, content, memory, kind.max_new)
+        loop = Loop(model, variables, content, memory, kind.max_new)
 
         def pick(logits: jax.Array, step: jax.Array) -> jax.Array:
             if not kind.temperature:
                 return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            return sample(logits / temperature, keys, step, top_p if kind.top_p < 1 else None)
+            # The largest becomes 0 first: a tiny temperature then means the likeliest token, not infinity.
+            scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.maximum(temperature, 1e-30)
+            return sample(scaled, keys, step, top_p if kind.top_p < 1 else None)
 
         return _one_by_one(loop, kind, logits, last >= 0, pick)
-    memory = jax.tree.map(
-        lambda x: _fold(_repeated(x, 0, kind.beams), 0), memory._replace(past=None, cross=None)
-    )._replace(
-        **{
-            name: jax.tree.map(lambda x: _fold(_repeated(x, 1, kind.beams), 1), getattr(memory, name))
-            for name in ("past", "cross")
-        }
-    )
-    loop = _Loop(model, variables, content, memory, kind.max_new)
-    return _beam_search(loop, kind, logits, last >= 0, length_penalty)
+    loop = Loop(model, variables, content, beam_search.of_beams(memory, kind.beams), kind.max_new)
+    return Generated(*beam_search.search(loop, kind, logits, last >= 0, length_penalty))
 
 
 def _logits(hidden: Float[Array, "B 1 D"], out: Output, model: LanguageModel) -> Float[Array, "B V"]:
@@ -182,7 +175,7 @@ def _logits(hidden: Float[Array, "B 1 D"], out: Output, model: LanguageModel) ->
     return jax.reshard(word_logits(hidden, out, model.arch)[:, 0], P(BATCH, None))
 
 
-class _Loop:
+class Loop:
     """What the steps share: the prompt's memory with room for the new tokens. R rows (of prompts, or of their beams)."""
 
     def __init__(self, model: LanguageModel, variables: Any, content: jax.Array | None, memory: Memory, max_new: int):
@@ -216,22 +209,12 @@ class _Loop:
         )
         return _logits(out.hidden, out, self._model), cache
 
-    def reordered(self, cache: KeysValues, parent: Int[Array, "B K"]) -> KeysValues:
-        """Each beam with its parent's cache. Beams of a row share the prompt: only the new slots move."""
-
-        def one(whole: jax.Array) -> jax.Array:
-            new = _unfold(jax.lax.slice_in_dim(whole, self.border, whole.shape[2], axis=2), 1, parent.shape[1])
-            moved = jax.vmap(lambda row, index: _along(row, index, axis=1), in_axes=(1, 0), out_axes=1)(new, parent)
-            return jax.lax.dynamic_update_slice_in_dim(whole, _fold(moved, 1), self.border, axis=2)
-
-        return jax.tree.map(one, cache) if self.room else cache
-
 
 # ------------------------------------------------------------------------------------------------- greedy and sampling
 
 
 def _one_by_one(
-    loop: _Loop, kind: Decoding, logits: jax.Array, live: Bool[Array, " B"], pick: Callable[..., jax.Array]
+    loop: Loop, kind: Decoding, logits: jax.Array, live: Bool[Array, " B"], pick: Callable[..., jax.Array]
 ) -> Generated:
     n = kind.max_new
     empty = jnp.zeros_like(live, jnp.int32)[:, None] + jnp.full((n,), kind.pad, jnp.int32)
@@ -242,7 +225,7 @@ def _one_by_one(
         _, live, out = state
         token = pick(logits, step)
         log_prob = rows_by_index(jax.nn.log_softmax(logits, axis=-1), token)
-        goes_on = live & ~_among(token, kind.stop)
+        goes_on = live & ~among(token, kind.stop)
         written = jnp.where(goes_on, token, kind.pad)
         tokens = jax.lax.dynamic_update_slice_in_dim(out.tokens, written[:, None], step, axis=1)
         lengths = out.lengths + goes_on
@@ -261,6 +244,11 @@ def _one_by_one(
     start = jnp.int32(0)
     _, state, _ = jax.lax.while_loop(goes_on, body, (start, take(first, logits, start), loop.cache))
     return state[2]
+
+
+def among(token: Int[Array, "*B"], stop: tuple[int, ...]) -> Bool[Array, "*B"]:
+    """Whether a token is one of ``stop``."""
+    return jnp.any(token[..., None] == jnp.asarray(stop, jnp.int32), axis=-1)
 
 
 def sample(
@@ -289,128 +277,3 @@ def nucleus(logits: Float[Array, "B V"], top_p: float | jax.Array) -> tuple[Int[
     before = jnp.cumsum(probability, axis=-1) - probability
     outside = (before >= top_p) & (jnp.arange(logits.shape[-1]) > 0)
     return order, jnp.where(outside, -jnp.inf, -falling)
-
-
-# ------------------------------------------------------------------------------------------------------- beam search
-
-
-class _Beams(NamedTuple):
-    """Hypotheses of every row, the best first."""
-
-    tokens: Int[Array, "B K N"]
-    length: Int[Array, "B K"]  # without the stop token
-    log_prob: Float[Array, "B K"]
-    score: Float[Array, "B K"]  # log_prob / tokens ** length_penalty; NEVER = not a hypothesis yet
-
-
-def _kept(kind: Decoding) -> int:
-    """Continuations looked at per step: so many that ``beams`` are left even if every beam stops in every way it can."""
-    return max(2, 1 + len(kind.stop)) * kind.beams
-
-
-def _beam_search(
-    loop: _Loop, kind: Decoding, logits: Float[Array, "B V"], live: Bool[Array, " B"], length_penalty: jax.Array
-) -> Generated:
-    """The search of transformers' ``generate(num_beams=K, early_stopping=False)``.
-
-    A hypothesis finishes if it stops among the K best continuations of its step (or is among them when ``max_new`` is reached). A row
-    is done when it has K finished ones and the best running one, scored at its present length, is not better than the worst of them.
-    """
-    n, width, vocab = kind.max_new, kind.beams, logits.shape[-1]
-    none = jnp.zeros_like(live, jnp.float32)[:, None] + jnp.full((width,), NEVER)
-    nothing = jnp.zeros_like(live, jnp.int32)[:, None, None] + jnp.full((width, n), kind.pad, jnp.int32)
-    empty = _Beams(nothing, nothing[..., 0] * 0, none, none)
-
-    def take(state: Any, logits: jax.Array, step: jax.Array) -> Any:
-        """The K best continuations by token number ``step``, the tokens' beams, and what has finished."""
-        _, _, running, finished, better = state
-        # logits: [B, K, V] or, at first, [B, 1, V] for beams that differ in nothing but their score.
-        total = jax.nn.log_softmax(logits, axis=-1) + running.log_prob[..., None]
-        best, index = jax.lax.top_k(total.reshape(total.shape[0], -1), _kept(kind))
-        parent, token = index // vocab, index % vocab
-        tokens = jax.lax.dynamic_update_slice_in_dim(_pick(running.tokens, parent), token[..., None], step, axis=2)
-        stops = _among(token, kind.stop)
-        ends = stops | (step + 1 == n)
-        found = _Beams(
-            tokens,
-            (step + 1 - stops).astype(jnp.int32),
-            best,
-            jnp.where(
-                ends & (jnp.arange(_kept(kind)) < width) & better[:, None],
-                best / (step + 1).astype(jnp.float32) ** length_penalty,
-                NEVER,
-            ),
-        )
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), finished, found)
-        _, order = jax.lax.top_k(both.score, width)
-        finished = jax.tree.map(lambda x: _pick(x, order), both)
-
-        _, order = jax.lax.top_k(jnp.where(ends, best + NEVER, best), width)
-        running = jax.tree.map(lambda x: _pick(x, order), found)
-        hope = running.log_prob[:, :1] / (step + 1).astype(jnp.float32) ** length_penalty
-        better = better & jnp.any(hope > jnp.min(finished.score, axis=1, keepdims=True), axis=1)
-        return _pick(token, order), _pick(parent, order), running, finished, better
-
-    def body(carry: Any) -> Any:
-        step, state, cache = carry
-        cache = loop.reordered(cache, state[1])
-        logits, cache = loop.advance(cache, _fold(state[0], 0), step)
-        return step + 1, take(state, _unfold(logits, 0, width), step + 1), cache
-
-    def goes_on(carry: Any) -> jax.Array:
-        step, state, _ = carry
-        return (step + 1 < n) & jnp.any(state[4])
-
-    one = jnp.where(jnp.arange(width) == 0, 0.0, none)  # beams are all the same at first: only one may go on
-    first = (None, None, empty._replace(log_prob=one), empty, live)
-    start = jnp.int32(0)
-    state = take(first, logits[:, None], start)
-    _, (_, _, _, finished, _), _ = jax.lax.while_loop(goes_on, body, (start, state, loop.cache))
-    lengths = jnp.where(live, finished.length[:, 0], 0)
-    tokens = jnp.where(jnp.arange(n) < lengths[:, None], finished.tokens[:, 0], kind.pad)
-    return Generated(tokens, lengths, jnp.where(live, finished.log_prob[:, 0], 0.0))
-
-
-# ------------------------------------------------------------------------------------------------------------- arrays
-
-
-def _among(token: Int[Array, "*B"], stop: tuple[int, ...]) -> Bool[Array, "*B"]:
-    if not stop:
-        return jnp.zeros_like(token, bool)
-    return jnp.any(token[..., None] == jnp.asarray(stop, jnp.int32), axis=-1)
-
-
-def _along(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-    return jnp.take(x, index, axis=axis, mode="clip")
-
-
-def _pick(x: Array, index: Int[Array, "B K"]) -> jax.Array:
-    """``x[b, index[b, k]]``."""
-    return rows_by_index(x, index)
-
-
-def _spec(x: jax.Array) -> tuple:
-    return tuple(jax.typeof(x).sharding.spec)
-
-
-def _repeated(x: jax.Array, axis: int, times: int) -> jax.Array:
-    """``[..., B, ...]`` as ``[..., B, times, ...]``: the same row ``times`` times."""
-    spec = _spec(x)
-    shape = (*x.shape[: axis + 1], times, *x.shape[axis + 1 :])
-    return jnp.broadcast_to(
-        jnp.expand_dims(x, axis + 1), shape, out_sharding=P(*spec[: axis + 1], None, *spec[axis + 1 :])
-    )
-
-
-def _fold(x: jax.Array, axis: int) -> jax.Array:
-    """``[..., B, K, ...]`` as ``[..., B·K, ...]``: beams of a row stay on the row's device."""
-    spec = _spec(x)
-    shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
-    return jnp.reshape(x, shape, out_sharding=P(*spec[: axis + 1], *spec[axis + 2 :]))
-
-
-def _unfold(x: jax.Array, axis: int, width: int) -> jax.Array:
-    """The inverse of ``_fold``."""
-    spec = _spec(x)
-    shape = (*x.shape[:axis], x.shape[axis] // width, width, *x.shape[axis + 1 :])
-    return jnp.reshape(x, shape, out_sharding=P(*spec[: axis + 1], None, *spec[axis + 1 :]))

@@ -104,7 +104,9 @@ class LanguageModel(nn.Module):
 
     def word_logits(self, out: Output) -> Float[Array, "B S V"]:
         """Logits of every position over the published vocabulary. For long rows prefer ``word_log_prob`` on chunks."""
-        return word_logits(out.hidden, out, self.arch)[..., : self.arch.vocab]
+        logits = word_logits(out.hidden, out, self.arch)
+        # A sharded axis cannot be cut: the vocabulary comes together first.
+        return jax.reshard(logits, jax.P(*jax.typeof(logits).sharding.spec[:2], None))[..., : self.arch.vocab]
 
     # ------------------------------------------------------------------------------------------------------- embeddings
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from instructrec_jax.models.sharding import RULES
@@ -13,7 +14,9 @@ from instructrec_jax.models.sharding import RULES
 Batch = dict[str, jax.Array]
 
 
-def plain_batch(tokens: Int[Array, "B S"], segment_ids: Any = None, positions: Any = None, **more: Any) -> Batch:
+def plain_batch(
+    tokens: Int[Array, "B S"] | Int[np.ndarray, "B S"], segment_ids: Any = None, positions: Any = None, **more: Any
+) -> Batch:
     """Rows of words alone, on the current mesh; without ``segment_ids`` each row is one text, without ``positions`` from 0 on.
 
     Rows that do not divide over the mesh are on every device.

@@ -191,7 +191,7 @@ def _t5(c: dict[str, Any]) -> Architecture:
         gated=gated,
         tied_head=tied,
         # transformers 5 has a switch of its own; before, tied embeddings meant scaled ones.
-        head_scale=c["d_model"] ** -0.5 if c.get("scale_decoder_outputs", tied) else 1.0,
+        head_scale=c["d_model"] ** -0.5 if c["model_type"] == "t5" and c.get("scale_decoder_outputs", tied) else 1.0,
         decoder_start=c.get("decoder_start_token_id") or 0,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ from instructrec_jax.models import quantise
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.hf.configs import from_hf
 from instructrec_jax.models.hf.names import Entry, entries, inputs, redundant, spellings
-from instructrec_jax.models.hf.tensors import Tensor, find, open_folder
+from instructrec_jax.models.hf.tensors import INDEX, SINGLE, Tensor, find, open_folder
 from instructrec_jax.models.language_model import PLAIN, LanguageModel, Sizes, abstract_params
 from instructrec_jax.models.sharding import padded
 
@@ -58,7 +58,20 @@ def read_config(folder: str | Path) -> Architecture:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"config.json is damaged: {error}", file=file) from error
-    return from_hf(config)
+    return _with_own_head(from_hf(config), Path(folder))
+
+
+def _with_own_head(arch: Architecture, folder: Path) -> Architecture:
+    """The architecture as the file has it: transformers 5 saves T5 v1.1 and mT5 as tied beside an output matrix of their own."""
+    if not arch.tied_head or arch.kind == "encoder" or not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        return arch
+    tensors = open_folder(folder)
+    head = tensors.get("lm_head.weight")
+    name = next(e.name for e in entries(arch) if e.path == ("words",))
+    table = next((tensors[n] for n in spellings(arch.family, name) if n in tensors), None)
+    if head is None or table is None or (head.shape == table.shape and np.array_equal(head.read(), table.read())):
+        return arch
+    return replace(arch, tied_head=False)
 
 
 def check_tokenizer(tokens: int, arch: Architecture, folder: str | Path) -> None:

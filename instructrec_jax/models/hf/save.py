@@ -159,7 +159,15 @@ def of_layer(tree: Any, path: tuple[str, ...], layers: int, layer: int, front: s
     found = _at(tree, path)
     if front:
         found = {key: leaf for key, leaf in found.items() if key.startswith(front)}
-    return jax.tree.map(lambda leaf: np.asarray(_pick(leaf, layer) if stacked else leaf), found)
+    return jax.tree.map(lambda leaf: _host(_pick(leaf, layer) if stacked else leaf), found)
+
+
+def _host(leaf: Any) -> np.ndarray:
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)
+    # Through a new array over the same buffers: an array keeps the host copy that it once gave for as long as it lives.
+    parts = [shard.data for shard in leaf.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts))
 
 
 @jax.jit

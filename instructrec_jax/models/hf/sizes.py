@@ -297,7 +297,7 @@ def parts(arch: Architecture) -> dict[str, int]:
     from instructrec_jax.models.language_model import Sizes, abstract_params
 
     tree = abstract_params(arch, Sizes(arch.vocab))
-    counts = dict.fromkeys(_PARTS, 0)
+    counts: dict[str, int] = dict.fromkeys(_PARTS, 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         counts[_part([str(key.key) for key in path])] += leaf.size
     return {name: count for name, count in counts.items() if count}
@@ -348,7 +348,7 @@ def show(name: str, *, mesh: str = "1,1,1", quantised: str = "none", rank: int =
     axes = mesh.split(",")
     if len(axes) != 3 or not all(axis.strip().isdecimal() and int(axis) > 0 for axis in axes):
         raise ConfigError(f"--mesh {mesh}", remedy="give the sizes of replica,fsdp,tensor, like 1,8,1")
-    sizes = dict(zip(("replica", "fsdp", "tensor"), map(int, axes)))
+    sizes: dict[str, int] = dict(zip(("replica", "fsdp", "tensor"), map(int, axes)))
     arch = find(name)
     known = next((size for size in SIZES.values() if from_hf(size.config) == arch), None)
     lines = [describe(arch)]
