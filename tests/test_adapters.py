@@ -54,9 +54,7 @@ def test_a_fresh_dora_on_quantised_weights_changes_nothing(quantise: str) -> Non
     model = options("dora", quantise=quantise)
     with jax.set_mesh(one_device()):
         arch, sizes, trained, frozen = start("smollm2", model)
-        assert_same(
-            logits_of(arch, sizes, model, adapters.join(trained, frozen)), plain_logits("smollm2", quantise), 3e-6
-        )
+        assert_same(logits_of(arch, sizes, model, adapters.join(trained, frozen)), plain_logits("smollm2", quantise))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -150,7 +148,7 @@ def test_dropout_is_on_the_adapter_alone_and_only_in_training() -> None:
         arch, sizes, trained, frozen = start("smollm2", model)
         fresh = adapters.join(trained, frozen)
         # Dropped inputs of an adapter that adds nothing yet: the base does not see them.
-        assert_same(logits_of(arch, sizes, model, fresh, key=0), plain_logits("smollm2"), 3e-6)
+        assert_same(logits_of(arch, sizes, model, fresh, key=0), plain_logits("smollm2"), 1e-6)
         learned = adapters.join(disturbed(trained), frozen)
         run = functools.partial(logits_of, arch, sizes)
         assert_same(run(model, learned), run(options(), learned), 0.0)

@@ -12,7 +12,7 @@ from jax import P
 from jaxtyping import Array, Float, Int
 
 from instructrec_jax.config import Config, TrainConfig
-from instructrec_jax.models.adapters import Tree, join, split
+from instructrec_jax.models.adapters import Tree, join, split, with_magnitudes
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import LanguageModel, Sizes, apply, init_variables
 from instructrec_jax.models.sharding import BATCH
@@ -65,12 +65,13 @@ def init_model(
     """
     base = base or {}
 
-    def fresh(key: Array, content: Array) -> Tree:
+    def fresh(key: Array, content: Array, base: Tree) -> Tree:
         variables = init_variables(arch, sizes, config.model, key, content)
-        params = {name: value for name, value in variables["params"].items() if name not in base}
-        return {"params": params, **{k: v for k, v in variables.items() if k != "params"}}
+        own = {name: value for name, value in variables["params"].items() if name not in base}
+        variables = with_magnitudes({**variables, "params": {**own, **base}}, config.model.adapter)
+        return {**variables, "params": own}
 
-    variables = jax.jit(fresh)(jax.random.key(seed), content)
+    variables = jax.jit(fresh)(jax.random.key(seed), content, base)
     variables["params"] = {**base, **variables["params"]}
     return split(variables, config.model.trainable)
 

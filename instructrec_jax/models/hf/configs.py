@@ -23,6 +23,16 @@ _ACTIVATIONS = {
     "relu": "relu",
 }
 
+# What the files of models with pictures leave out where it is the default of their architecture.
+_GEMMA3_DEFAULTS = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131_072,
+    "tie_word_embeddings": True,
+}
+
 
 def from_hf(config: dict[str, Any]) -> Architecture:
     """The architecture that a ``config.json`` describes.
@@ -32,7 +42,7 @@ def from_hf(config: dict[str, Any]) -> Architecture:
     """
     family = config.get("model_type", "")
     if family == "gemma3" and "text_config" in config:  # words and pictures: the language model is inside
-        return from_hf({"tie_word_embeddings": True, **config["text_config"], "model_type": "gemma3_text"})
+        return from_hf({**_GEMMA3_DEFAULTS, **config["text_config"], "model_type": "gemma3_text"})
     if family not in _READERS:
         raise ConfigError(
             f"unknown architecture {family!r}{did_you_mean(family, _READERS)}", remedy=f"known: {', '.join(_READERS)}"

@@ -163,11 +163,21 @@ def of_layer(tree: Any, path: tuple[str, ...], layers: int, layer: int, front: s
 
 
 def _host(leaf: Any) -> np.ndarray:
+    """A host copy (on a CPU a view, where one device holds all) that is gone when its user lets it go."""
     if not isinstance(leaf, jax.Array):
         return np.asarray(leaf)
-    # Through a new array over the same buffers: an array keeps the host copy that it once gave for as long as it lives.
-    parts = [shard.data for shard in leaf.addressable_shards]
-    return np.asarray(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts))
+    shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
+    if len(shards) == 1:
+        return np.asarray(_same(shards[0].data))
+    out = np.empty(leaf.shape, leaf.dtype)
+    for shard in shards:
+        out[shard.index] = np.asarray(_same(shard.data))
+    return out
+
+
+def _same(part: jax.Array) -> jax.Array:
+    # A new array over the same buffer: an array keeps the host copy that it once gave, for as long as it lives.
+    return jax.make_array_from_single_device_arrays(part.shape, part.sharding, [part])
 
 
 @jax.jit
@@ -247,7 +257,7 @@ def check_room(folder: Path, slots: Sequence[Slot], dtype: str) -> int:
         at += slot.nbytes(dtype)
         if at > free:
             raise UserError(
-                f"too little room beside {folder.parent}: {slot} ({slot.nbytes(dtype):,} bytes as {dtype}) does not fit; "
+                f"too little room in {folder.parent}: {slot} ({slot.nbytes(dtype):,} bytes as {dtype}) does not fit; "
                 f"{free:,} bytes are free, the weights need {total:,}",
                 remedy=_ROOM,
             )
