@@ -74,12 +74,12 @@ def trained_alone(folder: str, model: ModelConfig) -> tuple[list[float], Any]:
     "sizes, folder, kind, quantise",
     [
         ((1, 8, 1), "smollm2", "lora", "none"),
-        ((2, 2, 2), "smollm2", "dora", "none"),
-        ((1, 8, 1), "smollm2", "lora", "int8"),
+        pytest.param((2, 2, 2), "smollm2", "dora", "none", marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), "smollm2", "lora", "int8", marks=pytest.mark.slow),
         ((2, 2, 2), "smollm2", "lora", "int8"),
         ((1, 8, 1), "smollm2", "dora", "nf4"),
-        ((2, 2, 2), "smollm2", "dora", "nf4"),
-        ((2, 4, 1), "t5_v11", "lora", "int8"),
+        pytest.param((2, 2, 2), "smollm2", "dora", "nf4", marks=pytest.mark.slow),
+        pytest.param((2, 4, 1), "t5_v11", "lora", "int8", marks=pytest.mark.slow),
     ],
 )
 def test_training_is_the_same_on_every_mesh(sizes: tuple[int, int, int], folder: str, kind: str, quantise: str) -> None:
