@@ -154,7 +154,8 @@ def test_equals_a_search_without_a_cache(name: str, beams: int) -> None:
     expected = [plain_search(c, prompt, how) for prompt in PROMPTS]
     assert said(found) == [tokens for tokens, _ in expected]
     np.testing.assert_allclose(found.log_prob, [log for _, log in expected], rtol=0, atol=1e-4)
-    assert min(found.lengths) < NEW  # something has stopped
+    # A greedy answer must meet its own token again; a beam may go round it.
+    assert beams > 1 or min(found.lengths) < NEW
     for row, length in zip(found.tokens, found.lengths):
         assert (row[length:] == how.pad).all() and not set(row[:length].tolist()) & set(how.stop)
 
@@ -171,7 +172,7 @@ def test_length_penalty(name: str, penalty: float) -> None:
 def test_more_beams_find_what_greedy_decoding_misses() -> None:
     c = case("qwen2_window")
     greedy, beams = (answers(c, Decoding(NEW, beams=n, length_penalty=0.0)).log_prob for n in (1, 4))
-    assert (beams > greedy - 1e-5).all() and (beams > greedy + 1e-3).any()
+    assert (beams > greedy + 1e-3).any()  # (not all: a beam may lose the greedy path and end below it)
 
 
 def test_one_token() -> None:
