@@ -19,7 +19,7 @@ from instructrec_jax import prepare, run
 from instructrec_jax.cli import cli
 from instructrec_jax.data.tokenise import encode_prompt
 from instructrec_jax.errors import ConfigError, UserError
-from instructrec_jax.generate import Generator
+from instructrec_jax.generate import Generator, generate
 from instructrec_jax.models.generate import Decoding
 from instructrec_jax.models.language_model import LanguageModel, apply, word_logits
 from instructrec_jax.models.sharding import BATCH
@@ -156,9 +156,14 @@ def test_the_command_reads_a_published_model(tmp_path: Path, run_dir: Path) -> N
     folder = published(tmp_path / "model", run_dir)
     plain = call(str(folder), "Slow films", "--max-new", "8", "--beams", "2")
     assert plain == call(str(folder), "Slow films", "--max-new", "8", "--beams", "2")
-    call(
-        str(folder), "Slow films", "--max-new", "8", "--beams", "2", "--system", "Be brief."
-    )  # a system message is taken; what random weights make of it says nothing
+    how = Decoding(8, beams=2)
+    alone, briefed = (generate(folder, ["Slow films"], how, system=system)[0] for system in (None, "Be brief."))
+    assert alone.text + "\n" == plain
+    assert briefed.log_prob != alone.log_prob  # it reads the message, whatever random weights make of it
+    assert (
+        call(str(folder), "Slow films", "--max-new", "8", "--beams", "2", "--system", "Be brief.")
+        == briefed.text + "\n"
+    )
     with pytest.raises(UserError, match="max_new = 512 leaves no room for a prompt in the model's 512 positions"):
         call(str(folder), "Slow films", "--max-new", "512")
     with pytest.raises(UserError, match="is an encoder"):

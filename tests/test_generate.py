@@ -287,13 +287,17 @@ def random_variables(arch: Architecture) -> Any:
 
 
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
-@pytest.mark.parametrize("arch", [TINY, TINY_T5], ids=["decoder", "encoder-decoder"])
-def test_eight_devices_say_what_one_says(arch: Architecture) -> None:
+@pytest.mark.parametrize(
+    ("arch", "meshes"),
+    [(TINY, [(1, 8, 1), (2, 2, 2)]), (TINY_T5, [(2, 2, 2)])],
+    ids=["decoder", "encoder-decoder"],
+)
+def test_eight_devices_say_what_one_says(arch: Architecture, meshes: list[tuple[int, int, int]]) -> None:
     prompts = [[9 + n, *range(n, 3 * n, 2)][:WIDTH] for n in range(1, 7)]  # two of eight rows only fill the batch
     free = Decoding(NEW, pad=1)
     expected: dict[Decoding, Generated] = {}
     ways: list[Decoding] = []
-    for sizes in ((1, 1, 1), (1, 8, 1), (2, 2, 2)):
+    for sizes in ((1, 1, 1), *meshes):
         with jax.set_mesh(make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])):
             variables = random_variables(arch)
             batch, last = rows_of(prompts, 8)
@@ -306,7 +310,7 @@ def test_eight_devices_say_what_one_says(arch: Architecture) -> None:
             if not ways:
                 tokens = found(free).tokens
                 stop = (int(tokens[0, 2]), int(tokens[3, 4]))
-                kinds = ({}, {"temperature": 0.9}, {"temperature": 0.9, "top_p": 0.8}, {"beams": 3})
+                kinds = ({}, {"temperature": 0.9, "top_p": 0.8}, {"beams": 3})
                 ways = [dataclasses.replace(free, stop=stop, **kind) for kind in kinds]
                 expected = {how: found(how) for how in ways}
                 assert 0 < expected[ways[0]].lengths[:6].min() < NEW
