@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -149,6 +150,14 @@ def odd(tmp_path_factory):
     return chat, PreTrainedTokenizerFast.from_pretrained(at)
 
 
+# Before, a span that starts or ends within a character of several tokens, or with a space in none, was cut short.
+overlapping = pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24),
+    reason="masks at such borders were mended in 5.24",
+)
+
+
+@overlapping
 @given(contents=st.lists(WORDS, min_size=2, max_size=6))
 def test_spans_without_the_end_token_are_taken_as_transformers_takes_them(odd, contents):
     assume(not any(token in text for token in CONTROL[qwen] for text in contents))
@@ -157,8 +166,9 @@ def test_spans_without_the_end_token_are_taken_as_transformers_takes_them(odd, c
     assert same(chat.encode(talk(*contents)), (out["input_ids"], out["assistant_masks"]))
 
 
-def test_offsets_without_leading_spaces_lose_no_answer_unless_the_template_has_spans(tmp_path):
-    """transformers stops at a span that starts with a space which is in no token; a published template has no such spans."""
+@overlapping
+def test_offsets_without_leading_spaces_lose_no_answer(tmp_path):
+    """A span, or an answer, may start with a space that is in no token."""
     spans = CONTENT_ONLY.replace("<|im_start|>", "<|start_header_id|>").replace("<|im_end|>", "<|eot_id|>")
     stock = spans.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     stock += "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant\n' }}{% endif %}"
@@ -167,12 +177,14 @@ def test_offsets_without_leading_spaces_lose_no_answer_unless_the_template_has_s
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "spans")
     out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     assert same(chat.encode(messages), (out["input_ids"], out["assistant_masks"]))
-    assert not any(out["assistant_masks"])
+    ids, said = chat.encode(messages)
+    assert chat.tokenizer.decode(ids[said].tolist(), skip_special_tokens=False) == " HeatAlien"
     chat = custom(tmp_path / "stock", llama3, stock)
     ids, said = chat.encode(messages)
     assert chat.tokenizer.decode(ids[said].tolist(), skip_special_tokens=False) == " Heat<|eot_id|>Alien<|eot_id|>"
 
 
+@overlapping
 def test_a_span_of_the_first_token_is_taken_as_transformers_takes_it(tmp_path):
     template = (
         "{% for m in messages if m.role != 'user' %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}!?"

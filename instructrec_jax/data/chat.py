@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
+from instructrec_jax.data.chat_text import Messages, Span, copy_of, pin_date, with_marks, without_marks
 from instructrec_jax.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -31,11 +32,9 @@ REMEDY = "put {% generation %} ... {% endgeneration %} around the assistant's wo
 # Texts that a frame is tried on: what a tokeniser may join with the characters before or after it.
 PROBES = ("a", "The Matrix (1999)", "1", "'s", "(x)", "!", ":", '"q"', "—", "é", "看过的电影。", "😀", "👍🏽", "")
 
-Messages = Sequence[Mapping[str, str]]  # {"role": "system" | "user" | "assistant", "content": text} each
 Tokens = Int32[np.ndarray, " S"]
 Mask = Bool[np.ndarray, " S"]
 Offsets = Int[np.ndarray, "S 2"]  # characters [start, end) of each token
-Span = tuple[int, int]  # characters [start, end)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +122,8 @@ class ChatFormat:
             if token.content and (token.special or (token.content in template and not token.content.isspace()))
         }
         variables = {**loaded.special_tokens_map, "date_string": date.strftime("%d %b %Y"), **(arguments or {})}
-        template, dates = _pin_date(template, date)
-        tokenizer = _copy(loaded.backend_tokenizer.to_str())
+        template, dates = pin_date(template, date)
+        tokenizer = copy_of(loaded.backend_tokenizer.to_str())
         made = cls(template, tokenizer, Path(folder), {**variables, **dates}, control)
         ids = {tokenizer.token_to_id(token) for token in control}
         ids.discard(tokenizer.token_to_id(loaded.unk_token or ""))
@@ -144,7 +143,7 @@ class ChatFormat:
         for token in content["added_tokens"]:
             # ``encode_special_tokens`` spares special tokens only, and <think> is none.
             token["special"] = token["content"] in self.control
-        made = _copy(json.dumps(content))
+        made = copy_of(json.dumps(content))
         made.encode_special_tokens = True
         return made
 
@@ -158,9 +157,9 @@ class ChatFormat:
         The ids are those of ``apply_chat_template(messages)``, except that control tokens typed in a message are encoded as
         words. (The assistant may write those that are not special, such as ``<think>``; others may not.)
 
-        With ``{% generation %}`` in the template the mask is the one of ``return_assistant_tokens_mask=True``, also where that
-        one is at odds: it stops at a span whose first character is in no token (a leading space, where the tokeniser trims
-        offsets) and takes the first token alone of a last character that takes several. Without it the mask holds, per
+        With ``{% generation %}`` in the template the mask is the one of ``return_assistant_tokens_mask=True``: every token that
+        holds a character of a span (transformers from 5.24 on; before, it lost spans that start with a space which is in no token,
+        and all but the first token of a last character that takes several). Without it the mask holds, per
         assistant message, all tokens from the end of the generation prompt to the end-of-turn token, both from the text: the
         words, a thinking block that the prompt leaves to the model, and the control token after the words with what stands
         before it. White space that the template writes after that token is not in it. If no control token follows the words,
@@ -173,15 +172,9 @@ class ChatFormat:
         rendered = self._render(messages)
         ids, offsets = self._tokenise(messages, rendered)
         mask = np.zeros(len(ids), bool)
-        if GENERATION.search(self.template):
-            for start, end in rendered.generation:
-                first, last = _token_at(offsets, start), _token_at(offsets, end - 1)
-                if first is None:
-                    break
-                mask[first : last + 1 if last else len(ids)] = True
-        else:
-            for start, end in self._said(messages, rendered):
-                mask |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+        spans = rendered.generation if GENERATION.search(self.template) else self._said(messages, rendered)
+        for start, end in spans:
+            mask |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
         return ids, mask
 
     def frame(self, system: str | None = None) -> Frame:
@@ -217,9 +210,7 @@ class ChatFormat:
         for at, word in enumerate(PROBES):
             texts = (word, PROBES[-1 - at])
             got, want = frame.join(*map(self.plain, texts)), self.encode(asked(*texts))
-            # The library's mask may end within a last character of several tokens (see ``encode``).
-            compared = 2 if texts[1].isascii() else 1
-            if not all(np.array_equal(a, b) for a, b in list(zip(got, want, strict=True))[:compared]):
+            if not all(np.array_equal(a, b) for a, b in zip(got, want, strict=True)):
                 raise self._error(
                     f"the parts around {texts[0]!r} and {texts[1]!r}, encoded alone, give the tokens {got[0].tolist()} with "
                     f"{int(got[1].sum())} said, but the whole gives {want[0].tolist()} with {int(want[1].sum())}",
@@ -237,8 +228,8 @@ class ChatFormat:
                     f"message {number}: expected a role of {ROLES} and a text as content, got {dict(message)!r}"
                 )
         text, generation = self._jinja(messages)
-        marked, marks = _mark(messages)
-        found, data, ends = _unmark(self._jinja(marked)[0], marks)
+        marked, marks = with_marks(messages)
+        found, data, ends = without_marks(self._jinja(marked)[0], marks)
         if found != text:  # the template looked at the words and did something else because of the marks
             data = ends = [[] for _ in messages]
         rendered = _Rendered(text, tuple(data), tuple(ends), generation)
@@ -359,69 +350,3 @@ class ChatFormat:
             ids += encoding.ids
             offsets += [(start + a, start + b) for a, b in encoding.offsets]
         return np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
-
-
-def _copy(tokenizer: str) -> Tokenizer:
-    """A tokeniser from its JSON text, which gives all tokens of a text: templates are not padded or cut."""
-    from tokenizers import Tokenizer
-
-    made = Tokenizer.from_str(tokenizer)
-    made.no_padding()
-    made.no_truncation()
-    return made
-
-
-def _pin_date(template: str, date: datetime.date) -> tuple[str, dict[str, Any]]:
-    """The template with a ``strftime_now`` that always gives ``date``, and the variables that it reads.
-
-    transformers passes no functions to templates, so the template gets a macro and the texts of all formats that it names.
-    """
-    if "strftime_now" not in template:
-        return template, {}
-    formats = re.findall(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)", template)
-    macro = (
-        "{% macro strftime_now(form) %}{{ fixed_dates[form] if form in fixed_dates else "
-        "raise_exception('the date format is not a plain text: ' + form) }}{% endmacro %}\n"  # the block eats this newline
-    )
-    return macro + template, {"fixed_dates": {form: date.strftime(form) for _, form in formats}}
-
-
-def _mark(messages: Messages) -> tuple[list[dict[str, str]], list[tuple[str, str]]]:
-    """Messages with a private character before and after their words, and these characters.
-
-    The marks stand inside the white space at both ends, so that a template can still trim it.
-    """
-    used = {char for message in messages for char in message["content"]}
-    free = (char for char in map(chr, range(0xF0000, 0xFFFFE)) if char not in used)
-    marked, marks = [], []
-    for message in messages:
-        words = message["content"]
-        lead = len(words) - len(words.lstrip())
-        core = words.strip()
-        mark = (next(free), next(free))
-        marks.append(mark)
-        marked.append({**message, "content": words[:lead] + mark[0] + core + mark[1] + words[lead + len(core) :]})
-    return marked, marks
-
-
-def _unmark(text: str, marks: Sequence[tuple[str, str]]) -> tuple[str, list[list[Span]], list[list[int]]]:
-    """The text without marks, the spans between each message's pair (none if a mark is missing or out of order), its ends."""
-    of = {char: at for at, char in enumerate(char for pair in marks for char in pair)}
-    found: list[list[int]] = [[] for _ in of]
-    plain: list[str] = []
-    for char in text:
-        if char in of:
-            found[of[char]].append(len(plain))
-        else:
-            plain.append(char)
-    spans = []
-    for starts, ends in zip(found[::2], found[1::2], strict=True):
-        good = len(starts) == len(ends) and all(map(int.__le__, starts, ends))
-        spans.append(list(zip(starts, ends)) if good else [])
-    return "".join(plain), spans, found[1::2]
-
-
-def _token_at(offsets: Int[np.ndarray, "S 2"], char: int) -> int | None:
-    """The first token that holds a character, as ``BatchEncoding.char_to_token`` finds it."""
-    at = np.flatnonzero((offsets[:, 0] <= char) & (char < offsets[:, 1]))
-    return int(at[0]) if len(at) else None
