@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import click
 
 from instructrec_jax import __version__
 from instructrec_jax.errors import UserError, did_you_mean
+from instructrec_jax.terminal import escape, print_result, print_statistics, progress
 
 OVERRIDES = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 _OVERRIDES_HELP = "Any setting can be changed with a dotted option, e.g. --train.steps 400 --mesh.fsdp 8."
@@ -302,7 +302,7 @@ def model_list(cache: str | None) -> None:
     table = Table("model", "", "licence", "fetched")
     for row in models(cache):
         fetched = f"{row['source']}, {row['megabytes']:.0f} MB" if row["folder"] else ""
-        table.add_row(*(_escape(row[k]) for k in ("name", "about", "licence")), fetched)
+        table.add_row(*(escape(row[k]) for k in ("name", "about", "licence")), fetched)
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(table)
     console.print(f"cache: {cache_folder(cache)}", markup=False, highlight=False, soft_wrap=True)
@@ -330,89 +330,6 @@ def doctor(config: str | None) -> None:
     problems = examine(config, click.echo)
     if problems:
         sys.exit(1)
-
-
-def progress(label: str, expected: int, items: Iterator) -> Iterator:
-    """Pass items on; a progress bar with ETA on a terminal, a line every ten seconds elsewhere."""
-    if sys.stderr.isatty():
-        from rich.progress import track
-
-        yield from track(items, description=label, total=expected, transient=True)
-        return
-    begun = said = time.monotonic()
-    for number, item in enumerate(items, start=1):
-        if (now := time.monotonic()) - said > 10:
-            said = now
-            left = (now - begun) / number * max(expected - number, 0)
-            click.echo(f"{label}: {number:,} of about {expected:,}, {left:.0f} s left")
-        yield item
-
-
-def print_statistics(statistics: dict[str, Any]) -> None:
-    """The data's numbers as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    length = statistics["history_length"]
-    table = Table("data", "", title=None)
-    for name, value in (
-        ("users", f"{statistics['users']:,}"),
-        ("items", f"{statistics['items']:,} ({statistics['cold_items']:,} unseen in training)"),
-        ("interactions", f"{statistics['interactions']:,} (density {100 * statistics['density']:.2f} %)"),
-        ("events", ", ".join(f"{k} {v:,}" for k, v in statistics["events"].items())),
-        ("history length", f"median {length['median']:.0f}, mean {length['mean']:.1f}, longest {length['max']:.0f}"),
-        ("tied last timestamp", "no timestamps" if statistics["tied_last_timestamp"] is None
-         else f"{100 * statistics['tied_last_timestamp']:.0f} % of the users"),
-        ("popularity Gini", f"{statistics['popularity_gini']:.2f}"),
-    ):  # fmt: skip
-        table.add_row(name, value)
-    Console().print(table)
-
-
-def print_result(tree: dict[str, Any]) -> None:
-    """One evaluation table: systems by metrics, means with 95 % intervals, and the paired test."""
-    from rich.console import Console
-    from rich.table import Table
-
-    names = [n for n in ("ndcg@10", "hr@10", "mrr@10") if any(n in r["metrics"] for r in tree["rows"])]
-    names = names or ["hr@1", "hr@3", "hr@5", "ndcg@5"]
-    table = Table(
-        title=f"{tree['data']}, {tree['split']}: {tree['protocol']} ({tree['cases']:,} cases)", title_justify="left"
-    )
-    table.add_column("system", min_width=12)
-    for name in names:
-        table.add_column(name, justify="right")
-    best = {
-        n: max((r["metrics"][n]["mean"] or 0.0 for r in tree["rows"] if n in r["metrics"]), default=0.0) for n in names
-    }
-    for row in tree["rows"]:
-        cells = []
-        for name in names:
-            e = row["metrics"].get(name)
-            if e is None or e["mean"] is None:
-                cells.append("")
-                continue
-            interval = "" if e["low"] is None else f" [dim]{e['low']:.3f}–{e['high']:.3f}[/dim]"
-            cells.append(
-                (f"[bold]{e['mean']:.4f}[/bold]" if e["mean"] == best[name] else f"{e['mean']:.4f}") + interval
-            )
-        table.add_row(row["name"] if row["baseline"] else f"[bold]{row['name']}[/bold]", *cells)
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(table)
-    for c in tree["comparisons"]:
-        if c["metric"] == names[0]:
-            console.print(
-                f"{c['name']} − {c['baseline']}: {c['difference']:+.4f} {c['metric']}"
-                + ("" if c["low"] is None else f" (95 % {c['low']:+.4f} to {c['high']:+.4f})")
-                + f", paired p = {c['p']:.3f}",
-                highlight=False,
-            )
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def main() -> None:

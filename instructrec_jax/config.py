@@ -124,6 +124,11 @@ class ModelConfig:
     chat: Literal["auto", "none"] = "auto"  # the chat template of a published model, if it has one
 
     @property
+    def residual_dropout(self) -> float:
+        """``dropout``, or its default: what keeps a small model from learning its logs by heart harms a published one."""
+        return self.dropout if self.dropout is not None else 0.0 if self.pretrained else 0.3
+
+    @property
     def uses_items(self) -> bool:
         """Whether there are item tokens and the matching head: always from scratch, and beside a published model if they learn."""
         return not self.pretrained or "all" in self.trainable or "items" in self.trainable
@@ -138,7 +143,9 @@ class ModelConfig:
     tied_head: bool = True
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
-    dropout: float = 0.3  # residual and attention dropout
+    dropout: float | None = (
+        None  # on embeddings and residual branches; null = 0.3 from scratch, 0 beside published weights
+    )
     item_dropout: float = 0.1  # chance that an input item token is replaced by the unknown-item token
     item_id_embedding: bool = True  # learned part of the item vector beside the content projection
     content_features: int = 128  # width of the text features (TF-IDF + truncated SVD); 0 = none

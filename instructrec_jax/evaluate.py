@@ -34,11 +34,19 @@ from instructrec_jax.evaluation import metrics, slices
 from instructrec_jax.evaluation.recommendations import evaluate_lists, read_recommendations, write_recommendations
 from instructrec_jax.evaluation.table import EvaluationResult, Row
 from instructrec_jax.files import write_json
-from instructrec_jax.instructions.negatives import negatives_name, sample_negatives
 from instructrec_jax.instructions.prompts import NothingToSay
 from instructrec_jax.models.adapters import join
 from instructrec_jax.retrieval.ease import EASE
-from instructrec_jax.run import Say, Session, case_histories, rank_first, sample_cases, trained
+from instructrec_jax.run import (
+    Say,
+    Session,
+    case_histories,
+    frozen_negatives,
+    rank_first,
+    sample_cases,
+    trained,
+    with_target,
+)
 from instructrec_jax.samples import sample_prompts, sample_users
 from instructrec_jax.scoring import Request, Scorer
 
@@ -88,21 +96,9 @@ def rank(task: Task, score: ScoreBlock, k: int) -> Ranked:
     return Ranked(metrics.TargetRank.concatenate(ranks), np.concatenate(lists), np.concatenate(kept), seconds)
 
 
-def frozen_negatives(s: Session, task: Task, n: int) -> tuple[str, Task]:
+def against_negatives(s: Session, task: Task, n: int) -> tuple[str, Task]:
     """The same cases against ``n`` frozen negatives each, and the protocol's name with sampler and seed."""
-    settings = s.config.evaluate
-    data = s.prepared.data
-    counts = data.train_popularity if settings.negatives == "popularity" else None
-    negatives = sample_negatives(
-        data.num_items,
-        task.histories,
-        n,
-        seed=settings.negatives_seed,
-        user=task.cases.user,
-        target=task.cases.target,
-        popularity=counts,
-    )
-    name = negatives_name(n, popularity=counts is not None, seed=settings.negatives_seed)
+    name, negatives = frozen_negatives(s, task.cases, task.histories, n)
     return name, Task(task.cases, task.histories, negatives)
 
 
@@ -126,7 +122,7 @@ def evaluate(run_dir: str | Path, overrides: Sequence[str] = (), *, split: int =
             wanted = "1+9"
             say("the model has no item head: titles are scored by their likelihood, on 1+9 candidates")
         if wanted != "full":
-            protocol, task = frozen_negatives(s, task, int(wanted.removeprefix("1+")))
+            protocol, task = against_negatives(s, task, int(wanted.removeprefix("1+")))
         scorer = s.scorer(params)
         say(
             f"{data.name}, {SPLIT_NAMES[split]} split, {len(cases):,} cases, {data.num_items:,} items; protocol {protocol}; step {step}"
@@ -260,16 +256,14 @@ def _next_item(
 def _title_likelihood(s: Session, scorer: Scorer, task: Task) -> ScoreBlock:
     """Scores ``[cases, I]`` of a model without an item head: log P(title | prompt) of the candidates, -inf elsewhere."""
     assert task.candidates is not None
-    lists = np.concatenate([task.cases.target[:, None], task.candidates], axis=1)
+    lists = with_target(task.cases, task.candidates)
     prompts = s.prompts("describe", task.cases)
 
     def block(start: int, stop: int) -> np.ndarray:
         out = np.full((stop - start, s.prepared.data.num_items), -np.inf, np.float32)
-        # (-1 = no such candidate: a user who has seen nearly everything)
-        chosen = [row[row >= 0] for row in lists[start:stop]]
-        requests = [Request(prompt, row) for prompt, row in zip(prompts[start:stop], chosen)]
-        for row, (items, scores) in enumerate(zip(chosen, scorer.score(requests, "likelihood"))):
-            out[row, items] = scores
+        requests = [Request(prompt, row) for prompt, row in zip(prompts[start:stop], lists[start:stop])]
+        scores = np.stack(scorer.score(requests, "likelihood"))
+        np.put_along_axis(out, lists[start:stop], scores, axis=1)
         return out
 
     return block
@@ -316,14 +310,11 @@ def _likelihood(s: Session, scorer: Scorer, cases: Cases, split: int, say: Say) 
     if s.prepared.data.num_items < 20:
         say("  likelihood: the catalogue is too small for 1+9 candidates")
         return None
-    protocol, task = frozen_negatives(s, task, 9)
+    protocol, task = against_negatives(s, task, 9)
     assert task.candidates is not None
     say(f"  likelihood: {len(sample):,} cases, {protocol}")
-    lists = np.concatenate([sample.target[:, None], task.candidates], axis=1)
-    prompts = [
-        s.builder.evaluation_prompt("describe", int(u), int(e), language=s.language)
-        for u, e in zip(sample.user, sample.end)
-    ]
+    lists = with_target(sample, task.candidates)
+    prompts = s.prompts("describe", sample)
     begun = time.perf_counter()
     scores = np.stack(scorer.score([Request(p, c) for p, c in zip(prompts, lists)], "likelihood"))
     by_text = rank_first(scores)

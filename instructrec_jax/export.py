@@ -42,8 +42,6 @@ ARCHITECTURES = {
     "bert": "BertModel",
 }
 ITEMS, ITEM_NAMES = "instructrec_items.safetensors", "instructrec_items.json"
-# Parameters that are not the language model's: they go into ITEMS.
-_ITEM_PARAMS = {"item_bias", "item_content", "item_id", "unknown_item", "feature_table", "feature_offset"}
 # Of a published model's folder, what goes with its weights: tokenisers in older formats, and what its licence wants passed on.
 _BESIDE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt",
            "generation_config.json", "LICEN[CS]E*", "NOTICE*", "TERMS*", "USE_POLICY*")  # fmt: skip
@@ -200,9 +198,10 @@ def _save_model(s: Session, variables: Any, folder: Path, dtype: str, most: int,
 
 def _check_complete(arch: Architecture, params: Any) -> None:
     """Every parameter has a place in the export."""
+    from instructrec_jax.models.adapters import ITEM_PARAMS
     from instructrec_jax.models.hf.names import entries
 
-    known = {e.path[0] for e in entries(arch)} | _ITEM_PARAMS | {"input_norm"}
+    known = {e.path[0] for e in entries(arch)} | {*ITEM_PARAMS, "input_norm"}
     lost = [name for name in params if name not in known and not re.fullmatch(r"(encoder_)?layer_\d+", name)]
     if lost:
         raise UserError(f"a stock {arch.family} model has no place for the parameter {lost[0]}")

@@ -63,10 +63,12 @@ class Prepared:
 
     def builder(self, config: Config) -> Builder:
         """Prompts over this data set."""
-        tokens = self.users.tokens if self.users.names else None
-        return Builder(
-            self.data, config.instructions, config.data.domain, tokens, items_as=config.instructions.items_as
-        )
+        return _builder(self.data, self.users, config)
+
+
+def _builder(data: SplitData, users: UserFeatures, config: Config) -> Builder:
+    tokens = users.tokens if users.names else None
+    return Builder(data, config.instructions, config.data.domain, tokens, items_as=config.instructions.items_as)
 
 
 def prepare(config: Config, say: Say, progress: Progress | None = None) -> Prepared:
@@ -98,13 +100,7 @@ def prepare(config: Config, say: Say, progress: Progress | None = None) -> Prepa
         np.save(fresh / "item_features.npy", item_features)
         np.savez(fresh / "user_features.npz", names=np.asarray(users.names, str), index=users.index, value=users.value)
 
-        builder = Builder(
-            data,
-            config.instructions,
-            config.data.domain,
-            users.tokens if users.names else None,
-            items_as=config.instructions.items_as,
-        )
+        builder = _builder(data, users, config)
         if config.model.pretrained:
             from instructrec_jax.models.hf.fetch import resolve
 

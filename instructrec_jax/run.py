@@ -21,7 +21,7 @@ from instructrec_jax.errors import ConfigError, UserError
 from instructrec_jax.evaluation.metrics import TargetRank, metrics_at, rank_of_target
 from instructrec_jax.instructions.build import Builder
 from instructrec_jax.instructions.example import InstructionExample
-from instructrec_jax.instructions.negatives import sample_negatives
+from instructrec_jax.instructions.negatives import negatives_name, sample_negatives
 from instructrec_jax.models import adapters, architecture
 from instructrec_jax.models.adapters import Tree
 from instructrec_jax.models.architecture import Architecture
@@ -117,7 +117,7 @@ def session(config: Config) -> Iterator[Session]:
         if arch.kind == "encoder":
             raise UserError(
                 f"{folder} is an encoder: it reads texts, but answers nothing",
-                remedy="use it for item features (data.text_encoder), and a decoder or encoder-decoder as model.pretrained",
+                remedy="use it for item features (model.text_encoder), and a decoder or encoder-decoder as model.pretrained",
             )
         check_tokenizer(prepared.text.vocab_size, arch, folder)
         _check_encoder_decoder(config, arch)
@@ -179,13 +179,18 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
         valid = sample_cases(s.prepared.data.cases(VALID), config.train.eval_users, config.train.seed)
         if not len(valid):
             raise UserError("the validation split is empty", remedy="see data.split and data.clean.min_user_events")
+        if s.by_items and not s.sizes.items:
+            raise ConfigError(
+                "train.eval_method = items, but the model has no item head",
+                remedy="likelihood or auto, or items in model.trainable",
+            )
         trained_params, frozen = s.start()
         histories = case_histories(s, valid)
         if s.by_items:
             prompts = s.sequential_prompts(valid)
         else:
             prompts = s.prompts("describe", valid)
-            lists = candidate_lists(s, valid, histories, 9)
+            lists = with_target(valid, frozen_negatives(s, valid, histories, 9)[1])
 
         def validate(params: Any) -> dict[str, float]:
             scorer = s.scorer(adapters.join(params, frozen))
@@ -266,16 +271,26 @@ def case_histories(s: Session, cases: Cases) -> list[Int[np.ndarray, " n"]]:
     return [s.prepared.data.history(int(u), int(e)) for u, e in zip(cases.user, cases.end)]
 
 
-def candidate_lists(s: Session, cases: Cases, histories: list[np.ndarray], count: int) -> Int[np.ndarray, "cases C"]:
-    """The target in column 0 and ``count`` frozen uniform negatives beside it."""
+def frozen_negatives(
+    s: Session, cases: Cases, histories: list[np.ndarray], n: int
+) -> tuple[str, Int[np.ndarray, "cases n"]]:
+    """The protocol's name with sampler and seed, and ``n`` frozen negatives of each case."""
+    settings, data = s.config.evaluate, s.prepared.data
+    counts = data.train_popularity if settings.negatives == "popularity" else None
     negatives = sample_negatives(
-        s.prepared.data.num_items,
+        data.num_items,
         histories,
-        count,
-        seed=s.config.evaluate.negatives_seed,
+        n,
+        seed=settings.negatives_seed,
         user=cases.user,
         target=cases.target,
+        popularity=counts,
     )
+    return negatives_name(n, popularity=counts is not None, seed=settings.negatives_seed), negatives
+
+
+def with_target(cases: Cases, negatives: Int[np.ndarray, "cases n"]) -> Int[np.ndarray, "cases C"]:
+    """The target in column 0, and the negatives beside it."""
     return np.concatenate([cases.target[:, None], negatives], axis=1)
 
 

@@ -320,3 +320,10 @@ def test_check_same_run_names_the_changed_key(tmp_path, key):
 def test_check_same_run_of_a_new_folder(tmp_path):
     configs.check_same_run(Config(), tmp_path)
     configs.check_same_run(Config(), tmp_path / "none")
+
+
+def test_dropout_has_one_default_from_scratch_and_another_beside_published_weights():
+    model = Config().model
+    assert (model.residual_dropout, dataclasses.replace(model, pretrained="gpt2").residual_dropout) == (0.3, 0.0)
+    assert dataclasses.replace(model, pretrained="gpt2", dropout=0.1).residual_dropout == 0.1
+    assert dataclasses.replace(model, dropout=0.0).residual_dropout == 0.0

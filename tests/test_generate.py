@@ -289,8 +289,11 @@ def random_variables(arch: Architecture) -> Any:
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 @pytest.mark.parametrize(
     ("arch", "meshes"),
-    [(TINY, [(1, 8, 1), (2, 2, 2)]), (TINY_T5, [(2, 2, 2)])],
-    ids=["decoder", "encoder-decoder"],
+    [
+        pytest.param(TINY, [(2, 2, 2)], id="decoder"),
+        pytest.param(TINY, [(1, 8, 1)], id="decoder, fsdp", marks=pytest.mark.slow),
+        pytest.param(TINY_T5, [(2, 2, 2)], id="encoder-decoder", marks=pytest.mark.slow),
+    ],
 )
 def test_eight_devices_say_what_one_says(arch: Architecture, meshes: list[tuple[int, int, int]]) -> None:
     prompts = [[9 + n, *range(n, 3 * n, 2)][:WIDTH] for n in range(1, 7)]  # two of eight rows only fill the batch

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,17 +156,33 @@ def test_training_rows_of_an_encoder_decoder_equal_pairs(made: Path) -> None:
             np.testing.assert_allclose(packed[fed], expected, atol=1e-5)
 
 
-def pair_log_prob(model: LanguageModel, variables: Any, source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """log P of each token of ``target`` after ``source``, in a row of its own."""
-    rows = lambda x: np.repeat(np.asarray(x, np.int32)[None], 8, 0)  # noqa: E731
-    pair = plain_batch(
-        rows([model.arch.decoder_start, *target[:-1]]),
-        source_tokens=rows(source),
-        source_segment_ids=rows(np.ones_like(source)),
-        source_positions=rows(np.arange(len(source))),
-    )
+LONGEST = {"source": 160, "target": 64}  # one shape, one compilation
+
+
+@partial(jax.jit, static_argnums=0)
+def _pair_log_prob(model: LanguageModel, variables: Any, pair: dict[str, jax.Array], target: jax.Array) -> jax.Array:
     out = apply(model, variables, pair)
-    return np.asarray(word_log_prob(out.hidden, jnp.asarray(rows(target)), out, model.arch))[0]
+    return word_log_prob(out.hidden, target, out, model.arch)
+
+
+def pair_log_prob(model: LanguageModel, variables: Any, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """log P of each token of ``target`` after ``source``, in a row of its own, as a source and a target."""
+
+    def rows(values: Any, kind: str) -> np.ndarray:
+        padded = np.zeros(LONGEST[kind], np.int32)
+        padded[: len(values)] = values
+        return np.repeat(padded[None], 8, 0)
+
+    pair = plain_batch(
+        rows([model.arch.decoder_start, *target[:-1]], "target"),
+        rows(np.ones_like(target), "target"),
+        source_tokens=rows(source, "source"),
+        source_segment_ids=rows(np.ones_like(source), "source"),
+        source_positions=rows(np.arange(len(source)), "source"),
+    )
+    return np.asarray(_pair_log_prob(model, variables, pair, plain_batch(rows(target, "target"))["tokens"]))[
+        0, : len(target)
+    ]
 
 
 def test_likelihood_of_an_encoder_decoder(made: Path) -> None:
@@ -197,6 +215,14 @@ def test_item_tokens_beside_a_published_model(made: Path) -> None:
         after = variables["params"]
         assert not np.array_equal(np.asarray(before["item_id"]), np.asarray(after["item_id"]))
         np.testing.assert_array_equal(np.asarray(before["words"]), np.asarray(after["words"]))
+
+
+def test_validation_by_items_needs_items(made: Path) -> None:
+    config = config_of(made, "llama")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_method="items"))
+    prepare.prepare(config, lambda _: None)
+    with pytest.raises(ConfigError, match="the model has no item head"):
+        run.train_run(config, made / "run-no-items", lambda _: None)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ from instructrec_jax.models.parts import adapter_scale, norms, weight_values
 Tree = dict[str, Any]
 
 GROUPS = ("all", "adapter", "items", "embeddings")
-_ITEMS = ("item_bias", "item_content", "item_id", "unknown_item", "feature_table", "feature_offset")
+ITEM_PARAMS = ("item_bias", "item_content", "item_id", "unknown_item", "feature_table", "feature_offset")
 _EMBEDDINGS = ("words", "word_head", "word_bias", "positions")
+# Projections that may have an adapter, and that a quantised base holds in few bits.
 TARGETS = (*PROJECTIONS, *(f"cross_{name}" for name in PROJECTIONS[:4]))
 
 
@@ -79,7 +80,7 @@ def _learns(path: tuple[str, ...], trainable: tuple[str, ...]) -> bool:
         return True
     if path[0] == "lora":
         return "adapter" in trainable
-    return ("items" in trainable and path[1] in _ITEMS) or ("embeddings" in trainable and path[1] in _EMBEDDINGS)
+    return ("items" in trainable and path[1] in ITEM_PARAMS) or ("embeddings" in trainable and path[1] in _EMBEDDINGS)
 
 
 def split(variables: Tree, trainable: tuple[str, ...]) -> tuple[Tree, Tree]:

@@ -53,7 +53,7 @@ class Block(nn.Module):
         kept = {}
         with jax.named_scope("attention"):
             y = self._norm("attention_norm", x) if a.placement != "post" else x
-            q, k, v = self._heads(y, "", own, shared)
+            q, k, v = self._heads(y, own, shared)
             kept["self"] = (k, v)
             heads = attention.attend(
                 q,
@@ -75,7 +75,7 @@ class Block(nn.Module):
                 kept["cross"] = own["cross"] if "cross" in own else self._cross(shared["encoded"])
                 k, v = kept["cross"]
                 heads = attention.attend(q, k, v, shared["cross_mask"], scale=a.query_scale)
-                x = x + dropout(self, self._out(heads, "cross_output"), self.options.dropout, self.train)
+                x = x + dropout(self, self._out(heads, "cross_output"), self.options.residual_dropout, self.train)
         with jax.named_scope("mlp"):
             y = self._norm("mlp_norm", x) if a.placement != "post" else x
             x = self._add(x, self._mlp(y), "mlp")
@@ -101,7 +101,7 @@ class Block(nn.Module):
             weights=o.quantise, param_dtype=o.param_dtype, adapter=o.adapter, train=self.train, **how,
         )  # fmt: skip
 
-    def _heads(self, y: jax.Array, prefix: str, own: dict, shared: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _heads(self, y: jax.Array, own: dict, shared: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, S, K, G, H], keys and values [B, S, K, H], normed and turned by their positions."""
         a = self.arch
         bias = a.qkv_bias
@@ -149,7 +149,7 @@ class Block(nn.Module):
         a = self.arch
         if a.placement == "sandwich":
             branch = self._norm(f"{name}_out_norm", branch)
-        x = x + dropout(self, branch, self.options.dropout, self.train)
+        x = x + dropout(self, branch, self.options.residual_dropout, self.train)
         return self._norm(f"{name}_norm", x) if a.placement == "post" else x
 
     def _of_layer(self, name: str, own: dict, shared: dict) -> Any:

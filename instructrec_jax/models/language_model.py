@@ -89,7 +89,7 @@ class LanguageModel(nn.Module):
             x = self._embed(part, words, vectors, s)
             if a.input_norm:
                 x = norm(a.norm, a.norm_eps, "input_norm")(x)
-            return dropout(self, x.astype(dtype), o.dropout, self.train)
+            return dropout(self, x.astype(dtype), o.residual_dropout, self.train)
 
         if a.kind == "encoder-decoder":
             x, kept, cross = self._encode_decode(batch, memory, read, embedded)

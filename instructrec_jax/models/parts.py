@@ -7,7 +7,6 @@ so that gradients, optimiser state and checkpoints exist for the small one alone
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -20,20 +19,19 @@ from instructrec_jax.config import AdapterConfig
 from instructrec_jax.models import quantise
 from instructrec_jax.models.sharding import RULES, gathered
 
-Initialiser = Callable[[jax.Array, tuple[int, ...], Any, P], jax.Array]
-
 
 def param(
     module: nn.Module, name: str, std: float, shape: tuple[int, ...], rule: P, dtype: str = "float32"
 ) -> jax.Array:
     """A parameter that is born with its sharding, returned in its used layout (no ``fsdp``)."""
+    return gathered(module.param(name, lambda key: normal(key, std, shape, rule, dtype)), rule)
 
-    def init(key: jax.Array) -> jax.Array:
-        if std == 0.0:
-            return jnp.zeros(shape, dtype, out_sharding=rule)
-        return jax.nn.initializers.normal(std)(key, shape, jnp.dtype(dtype), rule)
 
-    return gathered(module.param(name, init), rule)
+def normal(key: jax.Array, std: float, shape: tuple[int, ...], spec: P, dtype: str = "float32") -> jax.Array:
+    """Normal values (zeros for ``std`` 0) that are born with their sharding."""
+    if std == 0.0:
+        return jnp.zeros(shape, dtype, out_sharding=spec)
+    return jax.nn.initializers.normal(std)(key, shape, jnp.dtype(dtype), spec)
 
 
 def dropout(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:
@@ -132,7 +130,7 @@ def project(
             name,
             lambda key: {
                 part: jax.reshard(v, specs[part])
-                for part, v in quantise.quantise(param_value(key, std, shape, used(rule)), weights, n_in).items()
+                for part, v in quantise.quantise(normal(key, std, shape, used(rule)), weights, n_in).items()
             },
         )
         stored = {part: gathered(v, specs[part]) for part, v in stored.items()}
@@ -143,13 +141,6 @@ def project(
     if bias:
         y = y + param(module, f"{name}_bias", 0.0, shape[n_in:], out_rule).astype(dtype)
     return y
-
-
-def param_value(key: jax.Array, std: float, shape: tuple[int, ...], spec: P) -> jax.Array:
-    """A normal (or zero) value with a sharding."""
-    if std == 0.0:
-        return jnp.zeros(shape, jnp.float32, out_sharding=spec)
-    return jax.nn.initializers.normal(std)(key, shape, jnp.float32, spec)
 
 
 def adapter_scale(adapter: AdapterConfig) -> float:

@@ -20,6 +20,7 @@ import numpy as np
 from instructrec_jax.config import ModelConfig
 from instructrec_jax.errors import ConfigError, DataError
 from instructrec_jax.models import quantise
+from instructrec_jax.models.adapters import TARGETS
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.hf.configs import from_hf
 from instructrec_jax.models.hf.names import Entry, entries, inputs, redundant, spellings
@@ -28,8 +29,6 @@ from instructrec_jax.models.language_model import PLAIN, LanguageModel, Sizes, a
 from instructrec_jax.models.sharding import padded
 
 Say = Callable[[str], None]
-PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
-QUANTISED = (*PROJECTIONS, *(f"cross_{name}" for name in PROJECTIONS[:4]))
 
 
 @dataclass(frozen=True)
@@ -125,12 +124,12 @@ def load_params(
     tensors = open_folder(folder)
     sizes = Sizes(sizes.vocab if sizes else padded(arch.vocab))
     shapes = abstract_params(arch, sizes)
-    specs = born_specs(arch, sizes)
     params: dict[str, Any] = {}
     read: set[str] = set()
     for entry in entries(arch):
-        target, spec = _at(shapes, entry.path), _at(specs, entry.path)
-        kind = quantised if entry.path[-1] in QUANTISED else "none"
+        target = _at(shapes, entry.path)
+        spec = target.sharding.spec
+        kind = quantised if entry.path[-1] in TARGETS else "none"
         kept = "float32" if entry.kind == "vector" else dtype
         _put(params, entry.path, _load(entry, tensors, read, target.shape, spec, kept, kind, arch, folder))
     for name in tensors:
@@ -141,11 +140,6 @@ def load_params(
                 remedy="config.json describes another model, or one with a part that is not supported",
             )
     return params
-
-
-def born_specs(arch: Architecture, sizes: Sizes) -> Any:
-    """The partition specs with which the parameters are born, from the abstract tree."""
-    return jax.tree.map(lambda leaf: leaf.sharding.spec, abstract_params(arch, sizes))
 
 
 def _load(

@@ -238,7 +238,7 @@ def memory_estimate(
     import jax
     import jax.numpy as jnp
 
-    from instructrec_jax.models.hf.load import QUANTISED
+    from instructrec_jax.models.adapters import TARGETS
     from instructrec_jax.models.hf.names import entries, inputs
     from instructrec_jax.models.language_model import PLAIN, LanguageModel, Sizes, apply, init_variables
     from instructrec_jax.models.quantise import shapes, specs
@@ -274,7 +274,7 @@ def memory_estimate(
             for key in entry.path:
                 leaf = leaf[key]
             shape, spec, stacked = leaf.shape, leaf.sharding.spec, bool(entry.layers)
-            if quantised != "none" and entry.path[-1] in QUANTISED:
+            if quantised != "none" and entry.path[-1] in TARGETS:
                 kind: Any = quantised
                 n_in = inputs(entry.path[-1])
                 laid_out = specs(kind, spec, n_in, stacked, shape=shape)
