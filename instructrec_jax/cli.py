@@ -199,7 +199,7 @@ def recommend(
     table = Table("", "title", "score", "item_id")
     for place, row in enumerate(answer["items"], start=1):
         about = f"  [dim]{', '.join(row['about'])}[/dim]" if row["about"] else ""
-        table.add_row(str(place), _escape(row["title"]) + about, f"{row['score']:.2f}", row["item_id"])
+        table.add_row(str(place), escape(row["title"]) + about, f"{row['score']:.2f}", row["item_id"])
     console.print(table)
 
 

@@ -120,8 +120,8 @@ def our_work(kind: str, folder: Path, tokens: Any) -> Work:
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         arch = read_config(folder)
-        params = load_params(folder, arch)
         if kind == "forward":
+            params = load_params(folder, arch)
             model = LanguageModel(arch)
             batch = plain_batch(tokens)
             forward = jax.jit(lambda p, b: model.word_logits(apply(model, {"params": p}, b)))
@@ -145,8 +145,7 @@ def our_work(kind: str, folder: Path, tokens: Any) -> Work:
         config = Config(model=options, train=train)
         sizes = Sizes(padded(arch.vocab))
         content = jnp.zeros((0, 0), jnp.float32)
-        trained, frozen = init_model(config, arch, sizes, content, 0, params)
-        del params
+        trained, frozen = init_model(config, arch, sizes, content, 0, load_params(folder, arch))
         state = [init_state(trained, train)]
         step = make_train_step(config, arch, sizes, 0)
         zeros = np.zeros_like(tokens)
