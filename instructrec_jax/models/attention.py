@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -108,12 +109,27 @@ def attend(
 
     ``past`` are the keys and values of a cached prompt, which stand before the new ones in ``mask`` and ``bias``. They are
     contracted on their own, so a cache is never copied. Rows that may read nothing return the mean of v, and carry no loss.
+    The backward pass computes the weights again: they are [B, K, S, G, T], and storing them for all layers costs more time (and far
+    more memory) than the product of q and k.
     """
+    q = q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
+    return jax.checkpoint(partial(_attend, softcap=softcap), prevent_cse=False)(q, k, v, mask, past, bias)
+
+
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    past: tuple[jax.Array, jax.Array] | None,
+    bias: jax.Array | None,
+    *,
+    softcap: float,
+) -> jax.Array:
     parts = [(k, v)] if past is None else [past, (k, v)]
     # q comes to [B, K, S·G, H] inside: one plain batched matrix multiply per key/value head, keys are not repeated.
     scores = [jnp.einsum("bskgh,btkh->bksgt", q, key, out_sharding=RULES.scores_bksgt) for key, _ in parts]
     scores = (scores[0] if len(scores) == 1 else jnp.concatenate(scores, axis=-1)).astype(jnp.float32)
-    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
