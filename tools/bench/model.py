@@ -5,7 +5,8 @@
 
 Needs torch (a CPU build), transformers and peft in the same environment (``make parity`` makes one). Three kinds of work, float32,
 B rows x S tokens: a forward pass with all logits; a full training step (all weights, AdamW); a LoRA step (rank 8 on all projections).
-The sides alternate; a figure is the median over rounds. Each ratio is tokens/s ours over theirs: above 1 is faster than PyTorch.
+Each side runs in a process of its own, so that neither finds the other's threads spinning or its heap in pieces; they take turns, and
+a figure is the median over rounds. Each ratio is tokens/s ours over theirs: above 1 is faster than PyTorch.
 Run it on a quiet machine: beside other work the same pass takes up to twice as long.
 """
 
@@ -14,17 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from sides import Side, Work, alternate, serve
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-Work = Callable[[], None]
 SHAPE = {
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "intermediate_size": 1536, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
@@ -43,20 +43,28 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch (default: all cores)")
     parser.add_argument("--only", choices=("forward", "full_step", "lora_step"), help="one kind of work")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)  # name, model folder, tokens: be one side
     arguments = parser.parse_args()
 
     import numpy as np
-    import torch  # pyright: ignore[reportMissingImports]
 
-    torch.set_num_threads(arguments.threads)
+    if arguments.side:
+        name, folder, tokens = arguments.side
+        make = our_work if name == "ours" else their_work
+        return serve(make(arguments.only, Path(folder), np.load(tokens), arguments.threads))
     tokens = np.random.default_rng(0).integers(10, 40_000, (arguments.rows, arguments.length)).astype(np.int32)
     kinds = [arguments.only] if arguments.only else ["forward", "full_step", "lora_step"]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.model or random_model(Path(scratch))
+        ids = Path(scratch) / "tokens.npy"
+        np.save(ids, tokens)
         for kind in kinds:
-            ours, theirs = our_work(kind, folder, tokens), their_work(kind, folder, tokens)
-            seconds = alternate({"ours": ours, "theirs": theirs}, arguments.rounds)
+            also = ["--only", kind, "--threads", str(arguments.threads)]
+            sides = {
+                name: Side([__file__, "--side", name, str(folder), str(ids), *also]) for name in ("ours", "theirs")
+            }
+            seconds = alternate(sides, arguments.rounds)
             count = tokens.size
             row = {
                 "work": kind,
@@ -71,26 +79,13 @@ def main() -> None:
                 f"ratio {seconds['theirs'] / seconds['ours']:.2f}",
                 flush=True,
             )
-            del ours, theirs
+            for side in sides.values():
+                side.close()
     rate = matrix_multiply_rate()
     print(f"matrix multiply of this CPU (numpy, 2048^3): {rate / 1e9:.0f} GFLOP/s")
     if arguments.json:
         ratios = {f"{r['work']}_vs_torch": r["torch_seconds"] / r["ours_seconds"] for r in rows}
         print(json.dumps({"rows": rows, "matmul_gflops": rate / 1e9, "ratios": ratios}))
-
-
-def alternate(sides: dict[str, Work], rounds: int) -> dict[str, float]:
-    """Median seconds of each side; they take turns, and the order changes every round."""
-    for work in sides.values():
-        work()
-        work()
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds):
-        for name in list(sides)[:: 1 if number % 2 else -1]:
-            begun = time.perf_counter()
-            sides[name]()
-            times[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def random_model(scratch: Path) -> Path:
@@ -104,8 +99,9 @@ def random_model(scratch: Path) -> Path:
     return scratch / "model"
 
 
-def our_work(kind: str, folder: Path, tokens: Any) -> Work:
-    """One call of this project's forward pass or training step."""
+def our_work(kind: str, folder: Path, tokens: Any, threads: int) -> Work:
+    """One call of this project's forward pass or training step; XLA takes all cores whatever ``threads`` says."""
+    del threads
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -167,11 +163,12 @@ def our_work(kind: str, folder: Path, tokens: Any) -> Work:
         return run_step
 
 
-def their_work(kind: str, folder: Path, tokens: Any) -> Work:
+def their_work(kind: str, folder: Path, tokens: Any, threads: int) -> Work:
     """The same work by transformers on PyTorch: sdpa attention, fused AdamW, peft's LoRA."""
     import torch  # pyright: ignore[reportMissingImports]
     import transformers
 
+    torch.set_num_threads(threads)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa"
     )
