@@ -14,10 +14,15 @@ from instructrec_jax import prepare, run
 from instructrec_jax.data.tokenise import encode_example, pad_to
 from instructrec_jax.errors import UserError
 from instructrec_jax.models.language_model import LanguageModel, item_logits, word_logits
+from instructrec_jax.models.sharding import RULES
 from instructrec_jax.scoring import Request, Scorer
 from instructrec_jax.scoring.buckets import bucket, groups_by_length
 from instructrec_jax.training.step import init_model
 from tests.tiny import tiny_config, write_slice
+
+
+def by_rows(scorer: Scorer) -> jax.NamedSharding:
+    return jax.NamedSharding(scorer._mesh, RULES.ids_bs)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,7 @@ def test_likelihood_equals_one_candidate_at_a_time(parts: tuple) -> None:
             row = pad_to([arrays], 8, len(arrays["tokens"]))
             row["positions"] = np.tile(np.arange(len(arrays["tokens"]), dtype=np.int32), (8, 1))
             row["segment_ids"] = np.ones_like(row["positions"])
-            batch = {k: jax.device_put(v, scorer._sharding) for k, v in row.items()}
+            batch = {k: jax.device_put(v, by_rows(scorer)) for k, v in row.items()}
             out = model.apply(params, batch, s.content)
             log = np.asarray(jax.nn.log_softmax(word_logits(out.hidden, out, s.arch)))[0]
             at = np.flatnonzero(arrays["text_target"])
@@ -73,7 +78,7 @@ def test_items_are_log_probabilities_over_the_catalogue(parts: tuple) -> None:
     row["positions"] = np.tile(np.arange(row["tokens"].shape[1], dtype=np.int32), (8, 1))
     row["segment_ids"] = np.ones_like(row["positions"])
     out = LanguageModel(s.arch, s.sizes, s.config.model).apply(
-        params, {k: jax.device_put(v, scorer._sharding) for k, v in row.items()}, s.content
+        params, {k: jax.device_put(v, by_rows(scorer)) for k, v in row.items()}, s.content
     )
     logits = np.asarray(jax.nn.log_softmax(item_logits(out.hidden, out, s.prepared.data.num_items)))[0, -1]
     np.testing.assert_allclose(scores[0], logits[: s.prepared.data.num_items], atol=1e-4)
@@ -119,7 +124,7 @@ def test_few_compilations(parts: tuple) -> None:
             s.builder.recommend_prompt(r.integers(0, 50, r.integers(0, 16)).tolist()) for _ in range(r.integers(1, 30))
         ]
         scorer.score_all(batch)
-    assert scorer._items_step._cache_size() <= 12
+    assert scorer.kernel.compilations()["items"] <= 12
 
 
 @given(st.integers(1, 5000), st.sampled_from([1, 8, 16]), st.sampled_from([1, 2]))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax import P
 from jaxtyping import Array, Bool, Float, Int
 
 from instructrec_jax.models.architecture import Rope
@@ -59,6 +61,15 @@ def segment_mask(segments: Int[Array, "B S"], causal: bool) -> Bool[Array, "B S 
     return mask & (jnp.arange(length)[:, None] >= jnp.arange(length)[None, :])[None]
 
 
+def tree_mask(until: Int[Array, "B S"]) -> Bool[Array, "B S S"]:
+    """Nodes of trees in depth-first order read themselves and their ancestors: j is one of i's if j <= i < until[j].
+
+    ``until`` is where the node's descendants end. A chain is a causal row; 0 is padding, which reads nothing of the row.
+    """
+    index = jnp.arange(until.shape[1], dtype=until.dtype)
+    return (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] < until[:, None, :])
+
+
 def causal_segment_mask(segments: Int[Array, "B S"]) -> Bool[Array, "B S S"]:
     """``segment_mask`` of a decoder."""
     return segment_mask(segments, causal=True)
@@ -94,53 +105,122 @@ def relative_bucket(distance: Int[Array, "*B"], buckets: int, furthest: int, bid
     return start + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
 
 
+class Past(NamedTuple):
+    """Cached keys and values beside an attention's own ones, with what may be read of them.
+
+    The cache has B rows and the queries R, where R is a multiple of B: rows ``r * R / B`` on continue row r of the cache, which is never
+    copied for them. ``mask`` and ``bias`` see the queries as the cache does: ``[B, R/B * S]``.
+    """
+
+    keys: Float[Array, "B P K H"]
+    values: Float[Array, "B P K H"]
+    mask: Bool[Array, "B RS P"]
+    bias: Float[Array, "B K RS G P"] | None = None
+
+
 def attend(
     q: Float[Array, "B S K G H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    mask: Bool[Array, "B S PT"],
+    mask: Bool[Array, "B S T"],
     *,
-    past: tuple[Float[Array, "B P K H"], Float[Array, "B P K H"]] | None = None,
-    bias: Float[Array, "B K S G PT"] | None = None,
+    past: Past | None = None,
+    bias: Float[Array, "B K S G T"] | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
 ) -> Float[Array, "B S K G H"]:
     """softmax(scale · q·k + bias) v with float32 softmax; ``scale`` None = H^-1/2.
 
-    ``past`` are the keys and values of a cached prompt, which stand before the new ones in ``mask`` and ``bias``. They are
-    contracted on their own, so a cache is never copied. Rows that may read nothing return the mean of v, and carry no loss.
-    The backward pass computes the weights again: they are [B, K, S, G, T], and storing them for all layers costs more time (and far
-    more memory) than the product of q and k.
+    ``past`` stands beside the own keys: both are read apart and their softmaxes merged, so a cache is neither copied nor repeated.
+    Rows that may read nothing return the mean of v, and carry no loss. The backward pass computes the weights again: they are
+    [B, K, S, G, T], and storing them for all layers costs more time (and far more memory) than the product of q and k.
     """
     q = q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
-    return jax.checkpoint(partial(_attend, softcap=softcap), prevent_cse=False)(q, k, v, mask, past, bias)
+    if past is None:
+        return jax.checkpoint(partial(_attend, softcap=softcap), prevent_cse=False)(q, k, v, mask, bias)
+    own = _part(q, k, v, mask, bias, softcap)
+    rows = q.shape[0]
+    before = _part(together(q, past.keys), past.keys, past.values, past.mask, past.bias, softcap)
+    before = jax.tree.map(lambda x: apart(x, rows), before)
+    highest = jnp.maximum(own.highest, before.highest)
+    weights = [jnp.exp(part.highest - highest) for part in (own, before)]
+    total = sum(w * part.total for w, part in zip(weights, (own, before)))
+    read = sum((w / total)[..., None].astype(v.dtype) * part.read for w, part in zip(weights, (own, before)))
+    return cast(jax.Array, read)
 
 
-def _attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array,
-    past: tuple[jax.Array, jax.Array] | None,
-    bias: jax.Array | None,
-    *,
-    softcap: float,
-) -> jax.Array:
-    parts = [(k, v)] if past is None else [past, (k, v)]
+def attend_memory(
+    q: Float[Array, "R S K G H"], k: Float[Array, "B P K H"], v: Float[Array, "B P K H"], mask: Bool[Array, "B RS P"],
+    *, scale: float | None = None,
+) -> Float[Array, "R S K G H"]:  # fmt: skip
+    """Attention to a memory alone (cross-attention), whose rows serve R/B rows of queries each; see ``Past``."""
+    return apart(attend(together(q, k), k, v, mask, scale=scale), q.shape[0])
+
+
+def together(x: Float[Array, "R S ..."], memory: Float[Array, "B ..."]) -> Float[Array, "B RS ..."]:
+    """Rows that continue the same row of a memory as one long row.
+
+    With as many rows of the memory as the mesh needs, both are sharded over it; a memory of fewer rows is on every device, and the
+    long rows are sharded along their length.
+    """
+    rows, count = memory.shape[0], x.shape[0]
+    if rows == count:
+        return x
+    spec = tuple(jax.typeof(x).sharding.spec)
+    mine = next(iter(jax.typeof(memory).sharding.spec))
+    first = (mine, None) if mine else (None, spec[0])
+    x = jnp.reshape(x, (rows, count // rows, *x.shape[1:]), out_sharding=P(*first, *spec[1:]))
+    return jnp.reshape(
+        x, (rows, x.shape[1] * x.shape[2], *x.shape[3:]), out_sharding=P(first[0], first[1] or spec[1], *spec[2:])
+    )
+
+
+def apart(x: Float[Array, "B RS ..."], count: int) -> Float[Array, "R S ..."]:
+    """The inverse of ``together``."""
+    rows = x.shape[0]
+    if rows == count:
+        return x
+    spec = tuple(jax.typeof(x).sharding.spec)
+    split = (rows, count // rows, x.shape[1] * rows // count, *x.shape[2:])
+    x = jnp.reshape(x, split, out_sharding=P(spec[0], spec[1], None, *spec[2:]))
+    return jnp.reshape(x, (count, *split[2:]), out_sharding=P(spec[0] or spec[1], None, *spec[2:]))
+
+
+class _Part(NamedTuple):
+    """Attention to some of the keys: unnormalised values, and the softmax's largest score and sum."""
+
+    read: Float[Array, "B S K G H"]
+    highest: Float[Array, "B S K G"]
+    total: Float[Array, "B S K G"]
+
+
+def _scores(q: jax.Array, k: jax.Array, mask: jax.Array, bias: jax.Array | None, softcap: float) -> jax.Array:
     # q comes to [B, K, S·G, H] inside: one plain batched matrix multiply per key/value head, keys are not repeated.
-    scores = [jnp.einsum("bskgh,btkh->bksgt", q, key, out_sharding=RULES.scores_bksgt) for key, _ in parts]
-    scores = (scores[0] if len(scores) == 1 else jnp.concatenate(scores, axis=-1)).astype(jnp.float32)
+    batch, length = tuple(jax.typeof(q).sharding.spec)[:2]
+    out = P(batch, RULES.scores_bksgt[1], length, None, None)
+    scores = jnp.einsum("bskgh,btkh->bksgt", q, k, out_sharding=out).astype(jnp.float32)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
-    scores = jnp.where(mask[:, None, :, None, :], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    if past is None:
-        return jnp.einsum("bksgt,btkh->bskgh", weights, v, out_sharding=RULES.heads_bskgh)
-    border = past[0].shape[1]
-    split = (weights[..., :border], weights[..., border:])
-    read = [
-        jnp.einsum("bksgt,btkh->bskgh", w, value, out_sharding=RULES.heads_bskgh) for w, (_, value) in zip(split, parts)
-    ]
-    return read[0] + read[1]
+    return jnp.where(mask[:, None, :, None, :], scores, -1e30)
+
+
+def _read(weights: jax.Array, v: jax.Array) -> jax.Array:
+    batch, heads, length = tuple(jax.typeof(weights).sharding.spec)[:3]
+    return jnp.einsum("bksgt,btkh->bskgh", weights, v, out_sharding=P(batch, length, heads, None, None))
+
+
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, bias: jax.Array | None, *, softcap: float
+) -> jax.Array:
+    return _read(jax.nn.softmax(_scores(q, k, mask, bias, softcap), axis=-1).astype(v.dtype), v)
+
+
+def _part(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, bias: jax.Array | None, softcap: float) -> _Part:
+    scores = _scores(q, k, mask, bias, softcap)
+    highest = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - highest[..., None])
+    total = jnp.sum(weights, axis=-1)
+    front = lambda x: jnp.transpose(x, (0, 2, 1, 3))  # noqa: E731
+    return _Part(_read(weights.astype(v.dtype), v), front(highest), front(total))

@@ -43,8 +43,8 @@ class Block(nn.Module):
             x: the residual stream.
             own: this layer's part of what differs by layer: ``past`` (cached keys and values), ``cross`` (the same of the encoder's
                 output) and ``local`` (whether the layer has the window), each optional.
-            shared: what all layers read: ``mask``, ``bias``, ``angles``, with ``local_mask`` and ``local_angles`` for layers with
-                the window; ``encoded`` and ``cross_mask`` for cross-attention.
+            shared: what all layers read: ``mask``, ``bias``, ``angles``, ``past_mask``, ``past_bias``, with ``local_mask``,
+                ``local_angles`` and ``local_past_mask`` for layers with the window; ``encoded`` and ``cross_mask`` for cross-attention.
 
         Returns:
             The residual stream, and keys and values ``[B, S, K, H]`` of the new positions (``self``) and of the encoder (``cross``).
@@ -55,12 +55,16 @@ class Block(nn.Module):
             y = self._norm("attention_norm", x) if a.placement != "post" else x
             q, k, v = self._heads(y, own, shared)
             kept["self"] = (k, v)
+            past = None
+            if "past" in own:
+                keys, values = own["past"]
+                past = attention.Past(keys, values, self._of_layer("past_mask", own, shared), shared["past_bias"])
             heads = attention.attend(
                 q,
                 k,
                 v,
                 self._of_layer("mask", own, shared),
-                past=own.get("past"),
+                past=past,
                 bias=shared.get("bias"),
                 scale=a.query_scale,
                 softcap=a.attention_softcap,
@@ -74,7 +78,7 @@ class Block(nn.Module):
                 )
                 kept["cross"] = own["cross"] if "cross" in own else self._cross(shared["encoded"])
                 k, v = kept["cross"]
-                heads = attention.attend(q, k, v, shared["cross_mask"], scale=a.query_scale)
+                heads = attention.attend_memory(q, k, v, shared["cross_mask"], scale=a.query_scale)
                 x = x + dropout(self, self._out(heads, "cross_output"), self.options.residual_dropout, self.train)
         with jax.named_scope("mlp"):
             y = self._norm("mlp_norm", x) if a.placement != "post" else x

@@ -23,7 +23,11 @@ class Sizes(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a model keeps of a prompt that it has read; every segment of a continuing row reads it."""
+    """What a model keeps of a prompt that it has read; every segment of a continuing row reads it.
+
+    R rows may continue B prompts, R a multiple of B: row r continues prompt ``r * B // R``. A memory whose prompts do not divide over
+    the mesh is on every device.
+    """
 
     past: KeysValues  # [L, B, P, K, H]
     mask: Bool[Array, "B P"]  # which are real
@@ -63,14 +67,20 @@ def word_logits(hidden: Float[Array, "B S D"], out: Output, arch: Architecture) 
     return jnp.where(jnp.arange(logits.shape[-1]) < arch.vocab, logits, -1e30)
 
 
+def chosen_logits(
+    hidden: Float[Array, "B S D"], token: Int[Array, "B S"], out: Output, arch: Architecture
+) -> Float[Array, "B S"]:
+    """The logit of one word per position, float32, from the word's own row: nothing is picked from [B, S, V]."""
+    row = lookup(out.word_head, token).astype(jnp.float32)
+    bias = None if out.word_bias is None else lookup(out.word_bias[:, None], token)[..., 0]
+    return _finish(jnp.sum(hidden.astype(jnp.float32) * row, axis=-1), bias, arch)
+
+
 def word_log_prob(
     hidden: Float[Array, "B S D"], target: Int[Array, "B S"], out: Output, arch: Architecture
 ) -> Float[Array, "B S"]:
-    """log softmax(words)[target], float32. The target's logit is computed from its own row: nothing is picked from [B, S, V]."""
-    row = lookup(out.word_head, target).astype(jnp.float32)
-    bias = None if out.word_bias is None else lookup(out.word_bias[:, None], target)[..., 0]
-    chosen = _finish(jnp.sum(hidden.astype(jnp.float32) * row, axis=-1), bias, arch)
-    return chosen - jax.nn.logsumexp(word_logits(hidden, out, arch), axis=-1)
+    """log softmax(words)[target], float32."""
+    return chosen_logits(hidden, target, out, arch) - jax.nn.logsumexp(word_logits(hidden, out, arch), axis=-1)
 
 
 def _finish(logits: jax.Array, bias: jax.Array | None, arch: Architecture) -> jax.Array:

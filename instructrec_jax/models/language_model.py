@@ -14,11 +14,13 @@ the encoder's output and its first decoder position. Who scores or generates nee
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import P
 from jaxtyping import Array, Float, Int
 
 from instructrec_jax.config import ModelConfig
@@ -166,43 +168,57 @@ class LanguageModel(nn.Module):
         """The decoder's (or the only encoder's) layers; with cross-attention returns both kinds of keys and values."""
         a, o = self.arch, self.options
         segments, positions = batch["segment_ids"], batch["positions"]
-        mask, key_positions = attention.segment_mask(segments, a.causal), positions
+        # A row is one chain of tokens per segment, or trees of them (scoring).
+        tree = batch.get("until")
+        shared: dict[str, Any] = {
+            "mask": attention.segment_mask(segments, a.causal) if tree is None else attention.tree_mask(tree)
+        }
         own: dict[str, Any] = {}
+        bias = self._relative("relative", bidirectional=not a.causal) if a.positions == "relative" else None
+        if bias is not None:
+            shared["bias"] = bias(positions, positions)
+        if a.window:
+            shared["local_mask"] = shared["mask"] & attention.within_window(positions, positions, a.window)
+            if a.local_layers and not all(a.local_layers):
+                own["local"] = jnp.asarray(a.local_layers)
+        if a.positions == "rotary":
+            shared["angles"] = attention.angles(positions, a.rope, a.head_size)
+            if a.window and a.local_rope is not None:
+                shared["local_angles"] = attention.angles(positions, a.local_rope, a.head_size)
         if memory is not None:
-            mask = jnp.concatenate([attention.memory_mask(segments, memory.mask), mask], axis=2)
-            key_positions = jnp.concatenate([memory.positions, positions], axis=1)
             own["past"] = memory.past
             if memory.cross is not None:
                 own["cross"] = memory.cross
-        shared: dict[str, Any] = {"mask": mask}
-        if a.positions == "rotary":
-            shared["angles"] = attention.angles(positions, a.rope, a.head_size)
-        if a.positions == "relative":
-            shared["bias"] = self._relative("relative", positions, key_positions, bidirectional=not a.causal)
-        if a.window:
-            shared["local_mask"] = mask & attention.within_window(positions, key_positions, a.window)
-            if a.local_rope is not None:
-                shared["local_angles"] = attention.angles(positions, a.local_rope, a.head_size)
-            if a.local_layers and not all(a.local_layers):
-                own["local"] = jnp.asarray(a.local_layers)
+            query = attention.together(positions, memory.positions)
+            shared["past_mask"] = attention.memory_mask(attention.together(segments, memory.positions), memory.mask)
+            shared["past_bias"] = None if bias is None else bias(query, memory.positions)
+            if a.window:
+                near = attention.within_window(query, memory.positions, a.window)
+                shared["local_past_mask"] = shared["past_mask"] & near
         x, kept = stack(a, o, self.train, a.layers, x, own, {**shared, **cross})
         return x, (kept["self"] if not cross else kept)
 
-    def _relative(self, name: str, query: jax.Array, key: jax.Array, bidirectional: bool) -> Float[Array, "B K S G T"]:
-        """T5's learned bias by bucket of distance, one table for all layers."""
+    def _relative(
+        self, name: str, *, bidirectional: bool
+    ) -> Callable[[Int[Array, "B S"], Int[Array, "B T"]], Float[Array, "B K S G T"]]:
+        """T5's learned bias by bucket of distance, one table for all layers, as a function of query and key positions."""
         a = self.arch
         table = param(self, name, 0.1, (a.relative_buckets, a.kv_heads, a.groups), RULES.relative_rkg)
-        bucket = attention.relative_bucket(
-            key[:, None, :] - query[:, :, None], a.relative_buckets, a.relative_distance, bidirectional
-        )
-        bias = table.at[bucket].get(out_sharding=RULES.relative_bstkg)
-        return jnp.transpose(bias, (0, 3, 1, 4, 2)).astype(jnp.float32)
+
+        def bias(query: jax.Array, key: jax.Array) -> jax.Array:
+            distance = key[:, None, :] - query[:, :, None]
+            bucket = attention.relative_bucket(distance, a.relative_buckets, a.relative_distance, bidirectional)
+            batch, length, _ = jax.typeof(bucket).sharding.spec
+            out = P(batch, length, None, RULES.relative_rkg[1], None)
+            return jnp.transpose(table.at[bucket].get(out_sharding=out), (0, 3, 1, 4, 2)).astype(jnp.float32)
+
+        return bias
 
     def _encode(self, x: jax.Array, segments: jax.Array, positions: jax.Array) -> jax.Array:
         a = self.arch
         shared = {
             "mask": attention.segment_mask(segments, causal=False),
-            "bias": self._relative("encoder_relative", positions, positions, bidirectional=True),
+            "bias": self._relative("encoder_relative", bidirectional=True)(positions, positions),
         }
         x, _ = stack(a, self.options, self.train, a.encoder_layers, x, {}, shared, decoder=False, name="encoder_layers")
         return norm(a.norm, a.norm_eps, "encoder_norm")(x)
@@ -213,7 +229,8 @@ class LanguageModel(nn.Module):
         """Encoder and decoder, in one of three ways: training rows, reading prompts, continuing what was read."""
         segments = batch["segment_ids"]
         if memory is not None:
-            cross = {"cross_mask": attention.memory_mask(segments, cast(jax.Array, memory.cross_mask))}
+            real = cast(jax.Array, memory.cross_mask)
+            cross = {"cross_mask": attention.memory_mask(attention.together(segments, real), real)}
             x, kept = self._decode(embedded(batch), batch, memory, cross)
             return x, kept["self"], kept["cross"]
         if read:
@@ -221,8 +238,9 @@ class LanguageModel(nn.Module):
             cross_mask = attention.memory_mask(answer["segment_ids"], segments > 0)
         else:
             if "source_tokens" in batch:
-                names = ("tokens", "segment_ids", "positions")
-                prompt, answer = {k: batch[f"source_{k}"] for k in names}, batch
+                prefix = "source_"
+                prompt = {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}
+                answer = {k: v for k, v in batch.items() if not k.startswith(prefix)}
             else:
                 prompt, answer = split_rows(batch, self.arch.decoder_start)
             same = answer["segment_ids"][:, :, None] == prompt["segment_ids"][:, None, :]

@@ -55,7 +55,6 @@ class Rules:
     mlp_bsf: P = P(BATCH, None, "tensor")
     logits_bsv: P = P(BATCH, None, "tensor")
     table_used: P = P("tensor", None)
-    relative_bstkg: P = P(BATCH, None, None, "tensor", None)
 
 
 RULES = Rules()

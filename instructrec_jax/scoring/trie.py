@@ -1,0 +1,79 @@
+"""The catalogue as a trie of token sequences, in arrays of a size class: items come and go without another compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from instructrec_jax.scoring.forest import Forest, cut
+from instructrec_jax.scoring.rows import LEAVES_PER_NODE
+
+
+class CatalogueTrie:
+    """Token sequences of all items as blocks.
+
+    Capacities of blocks and items are the next powers of two, so catalogues of one size class share a compilation.
+
+    Args:
+        sequences: tokens of every item with what ends an answer; an empty one stands for an item that is gone.
+        nodes: of a block.
+        group: blocks that are computed at a time; their number is filled up to a multiple.
+    """
+
+    def __init__(self, sequences: Sequence[Sequence[int]], nodes: int, group: int):
+        self.group, self._nodes = group, nodes
+        self._sequences = [list(s) for s in sequences]
+        self._device: tuple | None = None
+        self._build()
+
+    def _build(self) -> None:
+        self.forest = Forest.build(self._sequences)
+        self.blocks = cut(self.forest, self._nodes, LEAVES_PER_NODE * self._nodes)
+        self.capacity = _class(len(self._sequences), 128)
+        self._device = None
+
+    def update(self, items: dict[int, Sequence[int]]) -> None:
+        """Replace items' sequences by catalogue index; an index beyond the last adds items, an empty sequence takes one away."""
+        for index, sequence in items.items():
+            while index >= len(self._sequences):
+                self._sequences.append([])
+            self._sequences[index] = list(sequence)
+        self._build()
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def on(self, mesh: jax.sharding.Mesh) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+        """(blocks ``[n, ...]``, slot of every item, number of real blocks), on every device of the mesh."""
+        if self._device is None or self._device[0] is not mesh:
+            n = len(self.blocks)
+            room = -(-_class(max(n, 1), self.group) // self.group) * self.group
+            fills = {
+                "tokens": 0,
+                "depth": 0,
+                "until": 0,
+                "parent": self._nodes,
+                "leaf_parent": self._nodes,
+                "leaf_token": 0,
+            }
+            arrays = {}
+            for name, fill in fills.items():
+                own = getattr(self.blocks, name)
+                arrays[name] = np.full((room, own.shape[1]), fill, np.int32)
+                arrays[name][:n] = own
+            slots = np.full(self.capacity, -1, np.int32)
+            leaf = self.forest.leaf_of
+            slots[: len(leaf)] = np.where(leaf >= 0, self.blocks.slot[leaf] if len(self.blocks.slot) else -1, -1)
+            number = np.int32(-(-n // self.group) * self.group)
+            everywhere = jax.NamedSharding(mesh, jax.P())
+            self._device = (mesh, *jax.device_put((arrays, slots, number), everywhere))
+        return self._device[1:]
+
+
+def _class(count: int, smallest: int) -> int:
+    size = smallest
+    while size < count:
+        size *= 2
+    return size
