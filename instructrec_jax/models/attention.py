@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -124,28 +125,30 @@ def attend(
     v: Float[Array, "B T K H"],
     mask: Bool[Array, "B S T"],
     *,
-    past: Past | None = None,
+    past: Sequence[Past] = (),
     bias: Float[Array, "B K S G T"] | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
 ) -> Float[Array, "B S K G H"]:
     """softmax(scale · q·k + bias) v with float32 softmax; ``scale`` None = H^-1/2.
 
-    ``past`` stands beside the own keys: both are read apart and their softmaxes merged, so a cache is neither copied nor repeated.
+    Each ``past`` stands beside the own keys: all are read apart and their softmaxes merged, so a cache is neither copied nor repeated.
     Rows that may read nothing return the mean of v, and carry no loss. The backward pass computes the weights again: they are
     [B, K, S, G, T], and storing them for all layers costs more time (and far more memory) than the product of q and k.
     """
     q = q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
-    if past is None:
+    if not past:
         return jax.checkpoint(partial(_attend, softcap=softcap), prevent_cse=False)(q, k, v, mask, bias)
-    own = _part(q, k, v, mask, bias, softcap)
-    rows = q.shape[0]
-    before = _part(together(q, past.keys), past.keys, past.values, past.mask, past.bias, softcap)
-    before = jax.tree.map(lambda x: apart(x, rows), before)
-    highest = jnp.maximum(own.highest, before.highest)
-    weights = [jnp.exp(part.highest - highest) for part in (own, before)]
-    total = sum(w * part.total for w, part in zip(weights, (own, before)))
-    read = sum((w / total)[..., None].astype(v.dtype) * part.read for w, part in zip(weights, (own, before)))
+    parts = [_part(q, k, v, mask, bias, softcap)]
+    for p in past:
+        part = _part(together(q, p.keys), p.keys, p.values, p.mask, p.bias, softcap)
+        parts.append(jax.tree.map(lambda x: apart(x, q.shape[0]), part))
+    highest = parts[0].highest
+    for part in parts[1:]:
+        highest = jnp.maximum(highest, part.highest)
+    weights = [jnp.exp(part.highest - highest) for part in parts]
+    total = sum(w * part.total for w, part in zip(weights, parts))
+    read = sum((w / total)[..., None].astype(v.dtype) * part.read for w, part in zip(weights, parts))
     return cast(jax.Array, read)
 
 

@@ -120,7 +120,7 @@ def of_beams(memory: Memory, width: int) -> Memory:
     def repeated(x: jax.Array, axis: int) -> jax.Array:
         return jnp.repeat(x, width, axis=axis, total_repeat_length=x.shape[axis] * width, out_sharding=P(*_spec(x)))
 
-    rows_at = {name: int(name in ("past", "cross")) for name in Memory._fields}
+    rows_at = {name: int(name in ("past", "cross", "recent")) for name in Memory._fields}
     return Memory(
         **{n: jax.tree.map(lambda x, at=at: repeated(x, at), getattr(memory, n)) for n, at in rows_at.items()}
     )

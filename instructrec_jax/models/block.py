@@ -41,8 +41,8 @@ class Block(nn.Module):
 
         Args:
             x: the residual stream.
-            own: this layer's part of what differs by layer: ``past`` (cached keys and values), ``cross`` (the same of the encoder's
-                output) and ``local`` (whether the layer has the window), each optional.
+            own: this layer's part of what differs by layer: ``past`` (cached keys and values), ``recent`` (further ones, of each
+                row's own), ``cross`` (the same of the encoder's output) and ``local`` (whether the layer has the window), each optional.
             shared: what all layers read: ``mask``, ``bias``, ``angles``, ``past_mask``, ``past_bias``, with ``local_mask``,
                 ``local_angles`` and ``local_past_mask`` for layers with the window; ``encoded`` and ``cross_mask`` for cross-attention.
 
@@ -55,10 +55,12 @@ class Block(nn.Module):
             y = self._norm("attention_norm", x) if a.placement != "post" else x
             q, k, v = self._heads(y, own, shared)
             kept["self"] = (k, v)
-            past = None
-            if "past" in own:
-                keys, values = own["past"]
-                past = attention.Past(keys, values, self._of_layer("past_mask", own, shared), shared["past_bias"])
+            past = []
+            for name in ("past", "recent"):
+                if name in own:
+                    keys, values = own[name]
+                    mask = self._of_layer(f"{name}_mask", own, shared)
+                    past.append(attention.Past(keys, values, mask, shared[f"{name}_bias"]))
             heads = attention.attend(
                 q,
                 k,

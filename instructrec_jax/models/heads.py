@@ -35,6 +35,9 @@ class Memory(NamedTuple):
     following: Int[Array, " B"]  # position of the first continuing token
     cross: KeysValues | None = None  # of the encoder's output
     cross_mask: Bool[Array, "B E"] | None = None
+    recent: KeysValues | None = None  # [L, R, N, K, H], what each of the R rows has itself read since
+    recent_mask: Bool[Array, "R N"] | None = None
+    recent_positions: Int[Array, "R N"] | None = None
 
 
 class Output(NamedTuple):

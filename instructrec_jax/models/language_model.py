@@ -195,6 +195,14 @@ class LanguageModel(nn.Module):
             if a.window:
                 near = attention.within_window(query, memory.positions, a.window)
                 shared["local_past_mask"] = shared["past_mask"] & near
+            if memory.recent is not None:
+                own["recent"] = memory.recent
+                real, at = cast(jax.Array, memory.recent_mask), cast(jax.Array, memory.recent_positions)
+                shared["recent_mask"] = attention.memory_mask(segments, real)
+                shared["recent_bias"] = None if bias is None else bias(positions, at)
+                if a.window:
+                    near = attention.within_window(positions, at, a.window)
+                    shared["local_recent_mask"] = shared["recent_mask"] & near
         x, kept = stack(a, o, self.train, a.layers, x, own, {**shared, **cross})
         return x, (kept["self"] if not cross else kept)
 
@@ -273,7 +281,9 @@ def read_prompt(
     """
     out = apply(model, variables, batch, content, read=True)
     if model.arch.kind == "encoder-decoder":
-        one = jnp.zeros_like(batch["positions"][:, :1])
+        positions = batch["positions"]
+        # A cut of one row may lose its layout; what continues the memory goes by it.
+        one = jax.reshard(jnp.zeros_like(positions[:, :1]), P(*jax.typeof(positions).sharding.spec))
         memory = Memory(out.cache, one == 0, one, one[:, 0] + 1, out.cross, batch["segment_ids"] > 0)
         return out.hidden, memory, out
     at = last[:, None]

@@ -51,6 +51,7 @@ class Read(NamedTuple):
 
     hidden: Float[Array, "B 1 D"]
     memory: Memory
+    logits: Float[Array, "B 1 V"] | None = None  # of the first token
 
 
 def leaf_scores(
@@ -108,7 +109,7 @@ class Kernel:
         model = LanguageModel(arch, sizes, config)
         self.items = jax.jit(_items(model, num_items))
         self.packed = jax.jit(_packed(model), static_argnames="raw")
-        self.read = jax.jit(_read(model), static_argnames="alone")
+        self.read = jax.jit(_read(model), static_argnames=("alone", "logits"))
         self.blocks = jax.jit(_blocks(model), static_argnames=("group", "raw"))
         self.every = jax.jit(_every(model), static_argnames=("group", "rank"))
 
@@ -151,20 +152,23 @@ def _packed(model: LanguageModel) -> Callable[..., jax.Array]:
 
 
 def _read(model: LanguageModel) -> Callable[..., Read]:
-    def step(variables: Any, batch: dict[str, jax.Array], last: jax.Array, content: jax.Array, *, alone: bool) -> Read:
+    def step(
+        variables: Any, batch: dict[str, jax.Array], last: jax.Array, content: jax.Array, *, alone: bool, logits: bool
+    ) -> Read:
         """Prompts, one per row; ``alone``: the first row only, on every device."""
-        hidden, memory, _ = read_prompt(model, variables, batch, last, content)
+        hidden, memory, out = read_prompt(model, variables, batch, last, content)
+        words = jax.reshard(word_logits(hidden, out, model.arch), P(BATCH, None, None)) if logits else None
         if not alone:
-            return Read(hidden, memory)
+            return Read(hidden, memory, words)
 
         def first(x: jax.Array, axis: int) -> jax.Array:
             spec = list(jax.typeof(x).sharding.spec)
             spec[axis] = None
             return jax.lax.slice_in_dim(jax.reshard(x, P(*spec)), 0, 1, axis=axis)
 
-        rows_at = {name: int(name in ("past", "cross")) for name in Memory._fields}
+        rows_at = {name: int(name in ("past", "cross", "recent")) for name in Memory._fields}
         kept = {n: jax.tree.map(lambda x, at=at: first(x, at), getattr(memory, n)) for n, at in rows_at.items()}
-        return Read(first(hidden, 0), Memory(**kept))
+        return Read(first(hidden, 0), Memory(**kept), None if words is None else first(words, 0))
 
     return step
 

@@ -29,6 +29,7 @@ from instructrec_jax.instructions.example import InstructionExample
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import Sizes
 from instructrec_jax.models.sharding import BATCH
+from instructrec_jax.scoring import constrained
 from instructrec_jax.scoring.buckets import bucket, groups_by_length
 from instructrec_jax.scoring.forest import Blocks, Forest, cut
 from instructrec_jax.scoring.kernel import Kernel, Read
@@ -103,6 +104,8 @@ class Scorer:
         self._has_items = bool(sizes.items)
         self._prior: dict[tuple[int, ...], float] = {}
         self._trie: CatalogueTrie | None = None
+        self._config, self._sizes = config, sizes
+        self._beam_search: Any = None
 
     # ------------------------------------------------------------------------------------------------------------ public
 
@@ -167,6 +170,37 @@ class Scorer:
             mask = None if allowed is None else allowed[group]
             found = self._every(read, len(group), mask, rank=k)
             scores[group], items[group] = (np.asarray(x)[: len(group)] for x in found)
+        return scores, items
+
+    def beam_search(
+        self, prompts: Sequence[Any], k: int, *, beams: int = 64, allowed: Bool[np.ndarray, "B I"] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As ``top_k``, by a beam search that can only produce (allowed) catalogue items; see ``scoring/constrained.py``.
+
+        Args:
+            prompts, k, allowed: as in ``top_k``.
+            beams: W, at least k; compiled once per width.
+
+        Raises:
+            UserError: fewer beams than wanted items.
+        """
+        if beams < k:
+            raise UserError(f"beams = {beams} are fewer than k = {k}", remedy=f"--beams {k} or more")
+        if self._beam_search is None:
+            self._beam_search = constrained.beam_search(self._config, self._arch, self._sizes)
+        scores = np.full((len(prompts), k), -np.inf, np.float32)
+        items = np.zeros((len(prompts), k), np.int64)
+        count = len(self.trie)
+        for group, read in self._read_in_groups([self.reader.prompt(p) for p in prompts], logits=True):
+            mask = np.zeros((read.hidden.shape[0], self.trie.capacity), bool)
+            mask[: len(group), :count] = True if allowed is None else allowed[group]
+            tree, widths = self.trie.edges_on(self._mesh)
+            log_prob, leaf = self._beam_search(
+                self.params, read, tree, self._put({"mask": mask})["mask"], self._content, widths=widths, beams=beams
+            )
+            for row, i in enumerate(group):
+                found = self.trie.items_of(np.asarray(leaf)[row], np.asarray(log_prob)[row], mask[row], k)
+                scores[i, : len(found[0])], items[i, : len(found[0])] = found
         return scores, items
 
     @property
@@ -333,7 +367,7 @@ class Scorer:
 
     # ----------------------------------------------------------------------------------------------------------- prompts
 
-    def _read_in_groups(self, prompts: list[Prompt]) -> Iterator[tuple[np.ndarray, Read]]:
+    def _read_in_groups(self, prompts: list[Prompt], *, logits: bool = False) -> Iterator[tuple[np.ndarray, Read]]:
         """Prompts read in batches of like length: (indices, what was read).
 
         Where there are fewer prompts than shards of the batch, each is read alone and lies on every device, so that the rows that
@@ -342,7 +376,7 @@ class Scorer:
         alone = len(prompts) < self._shards
         for group in groups_by_length([len(p["tokens"]) for p in prompts], 1 if alone else self._rows):
             batch, last = self._prompt_batch([prompts[i] for i in group], self._rows)
-            yield group, self.kernel.read(self.params, batch, last, self._content, alone=alone)
+            yield group, self.kernel.read(self.params, batch, last, self._content, alone=alone, logits=logits)
 
     def _prompt_batch(self, prompts: list[Prompt], most: int) -> tuple[dict[str, jax.Array], jax.Array]:
         """Padded prompt arrays on the mesh, and the index of each row's last token."""

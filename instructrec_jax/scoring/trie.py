@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from instructrec_jax.scoring.constrained import Edges, Widths, edges
 from instructrec_jax.scoring.forest import Forest, cut
 from instructrec_jax.scoring.rows import LEAVES_PER_NODE
 
@@ -26,13 +27,17 @@ class CatalogueTrie:
         self.group, self._nodes = group, nodes
         self._sequences = [list(s) for s in sequences]
         self._device: tuple | None = None
+        self._edges: tuple | None = None
         self._build()
 
     def _build(self) -> None:
         self.forest = Forest.build(self._sequences)
         self.blocks = cut(self.forest, self._nodes, LEAVES_PER_NODE * self._nodes)
         self.capacity = _class(len(self._sequences), 128)
-        self._device = None
+        self._device = self._edges = None
+        # Items of a leaf stand together here: titles may be the same.
+        self._by_leaf = np.argsort(self.forest.leaf_of, kind="stable")
+        self._first = np.searchsorted(self.forest.leaf_of[self._by_leaf], np.arange(len(self.forest.leaf_token) + 1))
 
     def update(self, items: dict[int, Sequence[int]]) -> None:
         """Replace items' sequences by catalogue index; an index beyond the last adds items, an empty sequence takes one away."""
@@ -70,6 +75,26 @@ class CatalogueTrie:
             everywhere = jax.NamedSharding(mesh, jax.P())
             self._device = (mesh, *jax.device_put((arrays, slots, number), everywhere))
         return self._device[1:]
+
+    def edges_on(self, mesh: jax.sharding.Mesh) -> tuple[Edges, Widths]:
+        """The trie as edges on every device of the mesh, for a beam search."""
+        if self._edges is None or self._edges[0] is not mesh:
+            tree, widths = edges(self.forest, self.capacity)
+            self._edges = (mesh, jax.device_put(tree, jax.NamedSharding(mesh, jax.P())), widths)
+        return self._edges[1:]
+
+    def items_of(
+        self, leaves: np.ndarray, scores: np.ndarray, allowed: np.ndarray, most: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(scores, items) of leaves, best first, at most ``most``; items of the same text stand side by side."""
+        found = [
+            (score, item)
+            for leaf, score in zip(leaves.tolist(), scores.tolist())
+            if leaf >= 0
+            for item in self._by_leaf[self._first[leaf] : self._first[leaf + 1]].tolist()
+            if allowed[item]
+        ][:most]
+        return np.asarray([s for s, _ in found], np.float32), np.asarray([i for _, i in found], np.int64)
 
 
 def _class(count: int, smallest: int) -> int:
