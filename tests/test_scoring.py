@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instructrec_jax import prepare, run
-from instructrec_jax.data.tokenise import encode_example, pad_to
+from instructrec_jax.data.tokenise import encode_example, encode_prompt, pad_to
 from instructrec_jax.errors import UserError
 from instructrec_jax.models.language_model import LanguageModel, item_logits, word_logits
 from instructrec_jax.models.sharding import RULES
@@ -139,3 +139,55 @@ def test_groups_hold_every_index_once(lengths: list[int], batch: int) -> None:
     groups = groups_by_length(lengths, batch)
     assert sorted(int(i) for g in groups for i in g) == list(range(len(lengths)))
     assert all(len(g) <= batch for g in groups)
+
+
+def test_labels_are_read_from_the_list(parts: tuple) -> None:
+    """One forward pass of the prompt with its list; the letters' softmax; shifts averaged."""
+    s, params, scorer = parts
+    prompt = s.prompts("describe", s.prepared.data.cases(2))[0]
+    wanted = [3, 50, 7, 20]
+    reader = scorer.reader
+    labels = [letter for letter, _ in reader.labels()[:4]]
+    found = {k: scorer.score([Request(prompt, wanted), Request(prompt, [])], "labels", shifts=k) for k in (1, 2, 4, 9)}
+    assert found[1][1].shape == (0,)
+    np.testing.assert_allclose(np.exp(found[1][0]).sum(), 1, rtol=1e-4)
+    np.testing.assert_allclose(found[4][0], found[9][0], atol=1e-6)  # no more shifts than candidates
+    model = LanguageModel(s.arch, s.sizes, s.config.model)
+
+    def by_hand(order: list[int]) -> np.ndarray:
+        example, tokens = reader.listed(reader.check(0, Request(prompt, wanted)), order)
+        titles = [s.prepared.data.catalogue.titles[wanted[c]] for c in order]
+        assert all(f"{label}. {title}" in example.prompt for label, title in zip(labels, titles))
+        arrays = encode_prompt(example, s.prepared.text)
+        row = pad_to([arrays], 8, len(arrays["tokens"]))
+        row["positions"] = np.tile(np.arange(len(arrays["tokens"]), dtype=np.int32), (8, 1))
+        row["segment_ids"] = np.ones_like(row["positions"])
+        out = model.apply(params, {k: jax.device_put(v, by_rows(scorer)) for k, v in row.items()}, s.content)
+        logits = np.asarray(word_logits(out.hidden, out, s.arch))[0, -1, tokens]
+        values = np.zeros(4)
+        values[order] = logits - np.logaddexp.reduce(logits)
+        return values
+
+    np.testing.assert_allclose(found[1][0], by_hand([0, 1, 2, 3]), atol=1e-4)
+    shifted = [by_hand(np.roll(np.arange(4), -k).tolist()) for k in range(4)]
+    np.testing.assert_allclose(found[4][0], np.mean(shifted, axis=0), atol=1e-4)
+    np.testing.assert_allclose(found[2][0], np.mean(shifted[::2], axis=0), atol=1e-4)
+    with pytest.raises(UserError, match=r"60 candidates, and \d\d labels of one token"):
+        scorer.score([Request(prompt, list(range(60)))], "labels")
+
+
+def test_yesno_asks_about_each_candidate(parts: tuple) -> None:
+    s, _, scorer = parts
+    prompt = s.prompts("describe", s.prepared.data.cases(2))[0]
+    found = scorer.score([Request(prompt, [3, 50, 3]), Request(prompt, [])], "yesno")
+    assert found[1].shape == (0,) and (found[0] < 0).all() and found[0][0] == found[0][2]
+    # The question's own words, and the two answers, score as any other text does.
+    title = s.prepared.data.catalogue.titles[50]
+    text = s.prepared.text
+    yes, no = (text.encode(word)[:1] for word in ("Yes", "No"))
+    ask = text.encode(f" Will {title} be next? Yes or no:")
+    whole = [*encode_prompt(prompt, text)["tokens"].tolist(), *ask]
+    assert not encode_prompt(prompt, text)["item"].any() or scorer.score([Request(prompt, [50])], "yesno")[0] < 0
+    if not encode_prompt(prompt, text)["item"].any():
+        a, b = scorer.score([Request(whole, [yes, no])], "likelihood")[0]
+        assert found[0][1] == pytest.approx(a - np.logaddexp(a, b), abs=1e-4)

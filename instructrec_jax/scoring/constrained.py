@@ -11,7 +11,7 @@ many beams as the trie is wide, the result is that of ``trie``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,8 @@ def edges(forest: Forest, items: int) -> tuple[Edges, Widths]:
     widths = Widths(_class(int(count[0])), _class(int(count[1:].max(initial=1))), _class(depth, 4))
     padded = {k: np.pad(v[order], (0, room - n - leaves)).astype(np.int32) for k, v in columns.items()}
     tables = {k: np.pad(v, (0, nodes - n - 1)).astype(np.int32) for k, v in (("start", start), ("count", count))}
-    return Edges(**padded, **tables, leaf_of=leaf_of), widths
+    columns = {**padded, **tables, "leaf_of": leaf_of}
+    return Edges(**cast(dict[str, Any], columns)), widths
 
 
 def _class(count: int, smallest: int = 8) -> int:
@@ -170,7 +171,7 @@ def beam_search(config: ModelConfig, arch: Architecture, sizes: Sizes) -> Callab
         zero = jax.reshard(jnp.zeros((prompts, beams), jnp.int32), P(first, None))
         never = zero.astype(jnp.float32) + NEVER
         root = State(zero[:, :1], zero[:, :1], zero[:, :1], zero[:, :1].astype(jnp.float32), zero, never)
-        state = expand(root, read.logits, widths.root)
+        state = expand(root, cast(jax.Array, read.logits), widths.root)
         cache = _empty_cache(read, rows, widths.depth, first)
         # The first beams come from one root: nothing of theirs is in the cache yet, so their parent may be any.
         state = state._replace(parent=jnp.zeros_like(state.parent))
