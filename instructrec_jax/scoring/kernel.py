@@ -51,11 +51,18 @@ class Read(NamedTuple):
 
     hidden: Float[Array, "B 1 D"]
     memory: Memory
-    logits: Float[Array, "B 1 V"] | None = None  # of the first token
+    total: Float[Array, "B 1"]  # log Σ exp of the first token's logits
+    logits: Float[Array, "B 1 V"] | None = None
 
 
 def leaf_scores(
-    hidden: Float[Array, "B M D"], count: jax.Array, tree: Tree, out: Output, arch: Architecture, raw: bool
+    hidden: Float[Array, "B M D"],
+    count: jax.Array,
+    tree: Tree,
+    out: Output,
+    arch: Architecture,
+    raw: bool,
+    root_total: Float[Array, "B 1"] | None = None,
 ) -> Float[Array, "B E"]:
     """Log P of every leaf's path from where scoring starts, float32; ``raw``: the leaf's own logit alone.
 
@@ -66,11 +73,15 @@ def leaf_scores(
         out: the heads.
         arch: the model.
         raw: no softmax: for labels that are compared with each other alone.
+        root_total: the last of ``hidden`` is a root whose log normaliser is this; ``count`` leaves it out.
     """
     leaf = chosen_logits(rows_by_index(hidden, tree.leaf_read), tree.leaf_token, out, arch)
     if raw:
         return leaf
-    total = _log_normalisers(hidden, count, out, arch)
+    if root_total is None:
+        total = _log_normalisers(hidden, count, out, arch)
+    else:
+        total = jnp.concatenate([_log_normalisers(hidden[:, :-1], count, out, arch), root_total], axis=1)
     reads = hidden.shape[1]
     scored = tree.parent_read < reads
     parent = jnp.minimum(tree.parent_read, reads - 1)
@@ -157,9 +168,10 @@ def _read(model: LanguageModel) -> Callable[..., Read]:
     ) -> Read:
         """Prompts, one per row; ``alone``: the first row only, on every device."""
         hidden, memory, out = read_prompt(model, variables, batch, last, content)
-        words = jax.reshard(word_logits(hidden, out, model.arch), P(BATCH, None, None)) if logits else None
+        words = jax.reshard(word_logits(hidden, out, model.arch), P(BATCH, None, None))
+        total = jax.nn.logsumexp(words, axis=-1)
         if not alone:
-            return Read(hidden, memory, words)
+            return Read(hidden, memory, total, words if logits else None)
 
         def first(x: jax.Array, axis: int) -> jax.Array:
             spec = list(jax.typeof(x).sharding.spec)
@@ -168,7 +180,7 @@ def _read(model: LanguageModel) -> Callable[..., Read]:
 
         rows_at = {name: int(name in ("past", "cross", "recent")) for name in Memory._fields}
         kept = {n: jax.tree.map(lambda x, at=at: first(x, at), getattr(memory, n)) for n, at in rows_at.items()}
-        return Read(first(hidden, 0), Memory(**kept), None if words is None else first(words, 0))
+        return Read(first(hidden, 0), Memory(**kept), first(total, 0), first(words, 0) if logits else None)
 
     return step
 
@@ -178,7 +190,6 @@ def _continue(
     variables: Any,
     read: Read,
     blocks: dict[str, jax.Array],
-    count: jax.Array,
     content: jax.Array,
     raw: bool,
 ) -> Float[Array, "R E"]:
@@ -198,7 +209,7 @@ def _continue(
         blocks["tokens"], blocks["until"], jnp.where(real, blocks["parent"], size + 1),
         blocks["leaf_parent"], blocks["leaf_parent"], blocks["leaf_token"],
     )  # fmt: skip
-    return leaf_scores(hidden, count, tree, out, model.arch, raw)
+    return leaf_scores(hidden, jnp.int32(size), tree, out, model.arch, raw, spread(read.total, rows))
 
 
 def _blocks(model: LanguageModel) -> Callable[..., jax.Array]:
@@ -289,7 +300,7 @@ def _stream(
 
     def body(at: jax.Array, scores: jax.Array) -> jax.Array:
         blocks = part(at)
-        found = _continue(model, variables, read, blocks, jnp.int32(blocks["tokens"].shape[1] + 1), content, raw)
+        found = _continue(model, variables, read, blocks, content, raw)
         if rows is None:  # one prompt on every device, its blocks over the mesh
             found = jax.reshard(found, P(None, None))
         found = jnp.reshape(found, (prompts, group * found.shape[1]), out_sharding=P(rows, None))

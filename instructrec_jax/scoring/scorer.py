@@ -98,7 +98,7 @@ class Scorer:
         self._batch_size = -(-batch_size // self._shards) * self._shards
         self._row_tokens = row_tokens or (512 if on_cpu else 1024)
         self._rows = (rows or (1 if on_cpu else 16)) * self._shards
-        self._group = max(1, self._row_tokens // BLOCK) if on_cpu else 16
+        self._group = 1 if on_cpu else 4  # blocks of a prompt at a time
         self.kernel = Kernel(config, arch, sizes, num_items)
         self._cost = Cost.of(arch)
         self._has_items = bool(sizes.items)
@@ -329,8 +329,10 @@ class Scorer:
         for size, some in sorted(sizes.items()):
             source = bucket(max(len(j.prompt["tokens"]) for j in some), size) if start is not None else 0
             rows = pack(some, size, start, source)
-            for first in range(0, len(rows), self._rows):
-                part = arrays(rows[first : first + self._rows], self._rows, size, source)
+            # A few requests are no full batch; many are, and so is their last one, for the sake of one shape.
+            count = min(self._rows, -(-bucket(len(rows), 1, steps=1) // self._shards) * self._shards)
+            for first in range(0, len(rows), count):
+                part = arrays(rows[first : first + count], count, size, source)
                 scores = self.kernel.packed(
                     self.params, self._put(part.batch), self._put(part.tree), np.int32(part.reads), self._content,
                     raw=raw,
@@ -354,8 +356,8 @@ class Scorer:
         for group, read in self._read_in_groups([j.prompt for j in jobs]):
             prompts = read.hidden.shape[0]
             # A prompt on every device has its blocks over the mesh, as many at a time as there are shards.
-            at_once = self._shards if prompts % self._shards else 1
             most = max(len(cuts[i]) for i in group)
+            at_once = self._trie_group if prompts % self._shards else min(self._group, bucket(most, 1, steps=1))
             room = bucket(-(-most // at_once), 1, steps=1) * at_once
             number = np.int32(-(-most // at_once) * at_once)
             blocks = self._put(_stacked([cuts[i] for i in group], prompts, room))
