@@ -95,7 +95,7 @@ def test_bytes_by_hand() -> None:
     )  # bf16, 3 layers: query, key, value, output; gate, up, down
     cache = 2 * 2 * 3 * 2 * 8  # bf16 keys and values of a token
     head = 2 * 384 * 16
-    assert costs.read(2, 32).moved == weights + 64 * cache
+    assert costs.read(2, 32).moved == weights + 64 * cache + head
     assert costs.packed(2, 32, 65).moved == weights + 64 * cache + 2 * head
     assert costs.blocks(2, 32, 5, 3, 100).moved == 5 * (weights + 64 * cache + 2 * head)
     assert costs.blocks(2, 32, 5, 3, 100).scores == 5 * 2 * 4 * 3 * 4 * 6 * 100 * 132

@@ -12,24 +12,31 @@ import sys
 import time
 from collections.abc import Callable
 
-Work = Callable[[], None]
+Work = Callable[[], object]
 
 
 class Side:
     """One side's work in a process of its own, which runs it when told to and answers with the seconds."""
 
-    def __init__(self, arguments: list[str]):
-        """Start this Python with ``arguments``: a script that calls ``serve``. Waits until it has warmed up."""
+    def __init__(self, arguments: list[str], *, runs: int = 6, turns: int | None = None):
+        """Start this Python with ``arguments``: a script that calls ``serve``. Waits until it has warmed up.
+
+        ``runs``: of one turn. ``turns``: how many it takes at most; None = one in every round.
+        """
+        self.runs, self.turns = runs, turns
+        self.times: list[float] = []  # of every run
         command = [sys.executable, *arguments]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._answer()
 
-    def seconds(self, runs: int = 6) -> float:
+    def seconds(self) -> float:
         """A turn: the work ``runs`` times back to back, as training and scoring run it; the median.
 
         The first run after another process's turn gets its memory from the machine page by page, which is not the work.
         """
-        return statistics.median(self._once() for _ in range(runs))
+        times = [self._once() for _ in range(self.runs)]
+        self.times += times
+        return statistics.median(times)
 
     def _once(self) -> float:
         assert self._process.stdin
@@ -49,10 +56,10 @@ class Side:
         raise SystemExit(f"a side of the benchmark ended with status {self._process.wait()}")
 
 
-def serve(work: Work) -> None:
-    """In the side's process: warm up, then one run per line of input."""
-    work()
-    work()
+def serve(work: Work, warm_ups: int = 2) -> None:
+    """In the side's process: ``warm_ups`` runs that do not count, then one run per line of input."""
+    for _ in range(warm_ups):
+        work()
     print("seconds 0", flush=True)
     for _ in sys.stdin:
         begun = time.perf_counter()
@@ -65,6 +72,9 @@ def alternate(sides: dict[str, Side], rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
         for name in list(sides)[:: 1 if number % 2 else -1]:
+            turns = sides[name].turns
+            if turns is not None and number >= turns:
+                continue
             time.sleep(0.3)  # the other side's threads spin for a while after their work
             times[name].append(sides[name].seconds())
     return {name: statistics.median(values) for name, values in times.items()}

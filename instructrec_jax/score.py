@@ -1,0 +1,424 @@
+"""A file of requests to a file of scores.
+
+Three threads work at once: one reads lines and builds prompts ahead, the calling one scores, one ranks and writes. A shard of requests
+is done when its part stands in a folder beside the output; a killed command goes on after the last part. The output is put together
+from the parts at the end, so it is complete or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from filelock import FileLock, Timeout
+from jaxtyping import Float
+
+from instructrec_jax.errors import UserError
+from instructrec_jax.evaluation.metrics import top_lists
+from instructrec_jax.files import read_json, sha256, write_atomic, write_json
+from instructrec_jax.run import trained
+from instructrec_jax.score_input import Asked, Bad, Parser, check_suffix, examine, lines
+from instructrec_jax.scoring import Scorer
+
+Progress = Callable[[str, int, Iterator], Iterator]
+BATCH = 256  # requests in one call of the scorer
+CATALOGUE_SCORES = 2**24  # scores of whole catalogues that are held at once
+AHEAD = 2  # batches that are read ahead, and that wait for being written
+SHOWN_ERRORS = 20
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What was done. ``requests`` and ``seconds`` are of this process, without loading; the counts of lines are of the whole file."""
+
+    lines: int  # that have scores
+    errors: int  # lines that have none
+    requests: int
+    seconds: float
+    waited: float  # share of the seconds in which the device waited for the host
+    compiling: float  # share of the seconds that went into compilation
+
+    def __str__(self) -> str:
+        rate = self.requests / self.seconds if self.seconds else 0.0
+        return (
+            f"{self.requests:,} requests in {self.seconds:.1f} s, {rate:,.1f} requests/s; the device waited for the host "
+            f"{100 * self.waited:.0f} % of the time, and {100 * self.compiling:.0f} % went into compiling"
+        )
+
+
+def score(
+    run_dir: str | Path,
+    requests: str | Path,
+    out: str | Path,
+    *,
+    method: str | None = None,
+    normalise: str = "sum",
+    shifts: int = 1,
+    count: int = 20,
+    keep_seen: bool = False,
+    shard_size: int = 1000,
+    restart: bool = False,
+    overrides: tuple[str, ...] = (),
+    say: Callable[[str], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _label, _expected, items: items,
+) -> Scored:
+    """Score every request of a file, into ``{"id", "candidates", "scores"}`` per line, in the order of the requests.
+
+    The candidates keep their order; of a whole catalogue the best are kept, best first. A line that cannot be scored is reported, and
+    written to ``OUT.errors.jsonl`` as ``{"line", "error"}``. Where no line has scores, no output is written.
+
+    Args:
+        run_dir: a trained run.
+        requests: a ``.jsonl`` or ``.parquet`` file; ``score_input`` says what it holds.
+        out: a ``.jsonl`` or ``.parquet`` file, replaced at the end.
+        method, normalise, shifts: as in ``Scorer.score``; None = items if the run has an item head, else likelihood.
+        count: best items that are kept of a whole catalogue.
+        keep_seen: also rank items of the history.
+        shard_size: requests after which a killed command can go on.
+        restart: throw away what an earlier command left.
+        overrides: dotted options over the run's config.
+        say, warn, progress: for messages, bad lines, and the progress of the requests.
+
+    Raises:
+        UserError: no such file or run; options that do not fit; parts of another command; another process is at work.
+        DataError: a file that is damaged.
+    """
+    requests, out = Path(requests), Path(out)
+    check_suffix(out)
+    if count < 1 or shard_size < 1:
+        raise UserError(f"count = {count}, shard_size = {shard_size}; at least 1 is needed")
+    digest, number = examine(requests)
+    if out.exists() and out.samefile(requests):
+        raise UserError(f"{out} holds the requests", remedy="another --out")
+    with trained(run_dir, overrides) as (s, params, step):
+        method = method or ("items" if s.sizes.items else "likelihood")
+        _check_options(method, normalise, shifts)
+        scorer = s.scorer(params)
+        how: dict[str, Any] = {"method": method, "normalise": normalise, "shifts": shifts}
+        scorer.score([], **how)  # what no request could be scored with is an error at once, not one per line
+        manifest = {
+            "requests": {"file": requests.name, "sha256": digest},
+            "options": {**how, "k": count, "keep_seen": keep_seen, "shard_size": shard_size, "overrides": [*overrides]},
+            "run": {"config_sha256": sha256(Path(run_dir) / "config.yaml"), "step": step},
+        }
+        with Parts.opened(out, manifest, restart) as parts:
+            done = min(len(parts) * shard_size, number)
+            say(f"{number:,} requests by {method}, step {step} of {run_dir}")
+            if done:
+                say(f"continuing after the last complete shard: {done:,} requests are done ({len(parts)} shards)")
+            clock = DeviceClock(scorer)
+            most = max(1, min(BATCH, CATALOGUE_SCORES // s.prepared.data.num_items))
+            writer = Writer(parts, s.prepared.data.catalogue.item_ids, count, keep_seen, requests, warn)
+            work = _pipeline(
+                lambda batch: _scores(scorer, batch, how),
+                _batches(Parser(s), lines(requests, done), shard_size, most),
+                writer.write,
+            )
+            begun = time.perf_counter()
+            for _ in progress("scoring", number - done, work):
+                pass
+            seconds = time.perf_counter() - begun
+            busy, compiling = clock.stop()
+            written, failed = parts.finish()
+    if failed > (told := min(writer.errors, SHOWN_ERRORS)):
+        warn(f"{requests}: {failed - told:,} more lines have no scores; all are in {parts.errors}")
+    waited = max(seconds - busy - compiling, 0.0)
+    shares = (waited / seconds, min(compiling / seconds, 1.0)) if number > done else (0.0, 0.0)
+    return Scored(written, failed, number - done, seconds, *shares)
+
+
+def _check_options(method: str, normalise: str, shifts: int) -> None:
+    if normalise != "sum" and method not in ("likelihood", "trie"):
+        raise UserError(f"normalise = {normalise} does nothing to {method}", remedy="--method likelihood or trie")
+    if shifts != 1 and method != "labels":
+        raise UserError(f"shifts = {shifts} does nothing to {method}", remedy="--method labels")
+
+
+# -------------------------------------------------------------------------------------------------------------- pipeline
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests of one call of the scorer. ``last``: the shard ends with it."""
+
+    asked: list[Asked]
+    bad: list[Bad]
+    last: bool
+
+
+def _batches(
+    parser: Parser, source: Iterable[tuple[int, bytes | dict[str, Any]]], shard_size: int, most: int
+) -> Iterator[Batch]:
+    """Batches that never cross a shard, so that a resumed command makes the same ones."""
+    inside, held = 0, []
+    for line, content in source:
+        held.append(parser.parse(line, content))
+        inside += 1
+        if len(held) == most or inside == shard_size:
+            yield _batch(held, inside == shard_size)
+            held, inside = [], inside % shard_size
+    if inside:
+        yield _batch(held, True)
+
+
+def _batch(held: list[Asked | Bad], last: bool) -> Batch:
+    return Batch([x for x in held if isinstance(x, Asked)], [x for x in held if isinstance(x, Bad)], last)
+
+
+def _pipeline(
+    score_batch: Callable[[Batch], list[Any]], batches: Iterator[Batch], write: Callable[[Batch, list[Any]], None]
+) -> Iterator[int]:
+    """Read, score and write at once; yields the line of every request that was handed on."""
+    with ThreadPoolExecutor(1, "requests") as reading, ThreadPoolExecutor(1, "scores") as writing:
+        read = deque(reading.submit(next, batches, None) for _ in range(AHEAD))
+        written: deque[Future[None]] = deque()
+        while (batch := read.popleft().result()) is not None:
+            read.append(reading.submit(next, batches, None))
+            scores = score_batch(batch)
+            if len(written) == AHEAD:
+                written.popleft().result()
+            written.append(writing.submit(write, batch, scores))
+            yield from sorted(x.line for x in (*batch.asked, *batch.bad))
+        for left in written:
+            left.result()
+
+
+def _scores(scorer: Scorer, batch: Batch, how: dict[str, Any]) -> list[Float[np.ndarray, " C"] | Bad]:
+    """Scores of every request, or why it has none: the requests that the scorer refuses are found by halving."""
+
+    def halves(asked: list[Asked]) -> list[Float[np.ndarray, " C"] | Bad]:
+        try:
+            return [*scorer.score([a.request for a in asked], **how)]
+        except UserError as error:
+            if len(asked) == 1:
+                return [Bad(asked[0].line, error.message.removeprefix("request 0: "))]
+        middle = len(asked) // 2
+        return halves(asked[:middle]) + halves(asked[middle:])
+
+    return halves(batch.asked) if batch.asked else []
+
+
+class DeviceClock:
+    """Measures when the device works: a thread waits for whatever the scorer's kernel was asked to compute.
+
+    A program runs from its dispatch, or from the end of the one before it, until its result is there. Compilation is counted apart.
+    """
+
+    def __init__(self, scorer: Scorer):
+        self._kernel, self._scorer = scorer.kernel, scorer
+        self._waiting = ThreadPoolExecutor(1, "device")
+        self._busy = self._compiling = self._free = 0.0
+        scorer.kernel = self  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._kernel, name)
+        if not hasattr(function, "lower"):  # not jitted
+            return function
+
+        def timed(*args: Any, **options: Any) -> Any:
+            before, begun = function._cache_size(), time.perf_counter()
+            result = function(*args, **options)
+            if function._cache_size() > before:
+                self._compiling += (now := time.perf_counter()) - begun
+                begun = now
+            self._waiting.submit(self._wait, begun, result)
+            return result
+
+        return timed
+
+    def _wait(self, begun: float, result: Any) -> None:
+        jax.block_until_ready(result)
+        ended = time.perf_counter()
+        self._busy += max(ended - max(begun, self._free), 0.0)
+        self._free = ended
+
+    def stop(self) -> tuple[float, float]:
+        """Seconds of the device's work, and of compilation; the scorer is as before."""
+        self._waiting.shutdown()
+        self._scorer.kernel = self._kernel
+        return self._busy, self._compiling
+
+
+# ----------------------------------------------------------------------------------------------------------------- parts
+
+
+class Writer:
+    """Scored batches to parts. Runs in one thread."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        item_ids: list[str],
+        count: int,
+        keep_seen: bool,
+        requests: Path,
+        warn: Callable[[str], None],
+    ):
+        self._parts, self._item_ids, self._count, self._keep_seen = parts, item_ids, count, keep_seen
+        self._requests, self._warn = requests, warn
+        self._lines: list[str] = []
+        self._bad: list[Bad] = []
+        self.errors = 0
+
+    def write(self, batch: Batch, scores: list[Float[np.ndarray, " C"] | Bad]) -> None:
+        """Add a batch to the shard, and write the shard if it is the last one."""
+        bad = [*batch.bad]
+        for asked, found in zip(batch.asked, scores):
+            if isinstance(found, np.ndarray) and not np.isfinite(found).all():
+                found = Bad(asked.line, "a score is not finite")
+            if isinstance(found, Bad):
+                bad.append(found)
+            else:
+                self._lines.append(json.dumps(self._row(asked, found), ensure_ascii=False))
+        bad.sort(key=lambda b: b.line)
+        for b in bad[: max(SHOWN_ERRORS - self.errors, 0)]:
+            self._warn(f"{self._requests}, line {b.line}: {b.error}")
+        self.errors += len(bad)
+        self._bad += bad
+        if batch.last:
+            self._parts.add(self._lines, [json.dumps(vars(b), ensure_ascii=False) for b in self._bad])
+            self._lines, self._bad = [], []
+
+    def _row(self, asked: Asked, scores: Float[np.ndarray, " C"]) -> dict[str, Any]:
+        if asked.shown is not None:
+            return {"id": asked.id, "candidates": asked.shown, "scores": scores.tolist()}
+        best = top_lists(scores[None], self._count, None if self._keep_seen else [asked.history])[0]
+        best = best[best >= 0]
+        return {
+            "id": asked.id,
+            "candidates": [self._item_ids[i] for i in best.tolist()],
+            "scores": scores[best].tolist(),
+        }
+
+
+class Parts:
+    """The folder of finished shards: ``00000.jsonl``, ``00000.errors.jsonl`` where a line was bad, and the manifest."""
+
+    def __init__(self, out: Path):
+        self.out, self.folder = out, out.with_name(f".{out.name}.parts")
+        self.errors = out.with_name(f"{out.name}.errors.jsonl")
+        self._count = 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, out: Path, manifest: dict[str, Any], restart: bool) -> Iterator[Parts]:
+        """The parts of a command, for this process alone; those that are there must be of the same requests, options and run.
+
+        Raises:
+            UserError: they are not, or another process is writing them.
+            DataError: the manifest is damaged.
+        """
+        parts = cls(out)
+        parts.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(parts.folder / "lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise UserError(f"another process is writing {out}", remedy="wait for it, or give another --out") from error
+        try:
+            parts._open(manifest, restart)
+            yield parts
+        finally:
+            lock.release()
+
+    def _open(self, manifest: dict[str, Any], restart: bool) -> None:
+        file = self.folder / "manifest.json"
+        if restart:
+            # The manifest goes last, so that a kill in between leaves parts that are still refused or continued rightly.
+            for old in sorted(self.folder.glob("[0-9]*.jsonl"), reverse=True):
+                old.unlink()
+            file.unlink(missing_ok=True)
+        remedy = f"remove {self.folder}, or pass --restart"
+        if not file.exists():
+            write_json(file, manifest)
+        elif differences := _differences(read_json(file, remedy), manifest):
+            raise UserError(f"{self.folder} holds parts of another command: {', '.join(differences)}", remedy=remedy)
+        while (self.folder / f"{self._count:05d}.jsonl").exists():
+            self._count += 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, scored: list[str], errors: list[str]) -> None:
+        """Write the next shard. Its scores come last: where they stand, the shard is complete."""
+        name = self.folder / f"{self._count:05d}"
+        if errors:
+            write_atomic(name.with_suffix(".errors.jsonl"), _text(errors))
+        write_atomic(name.with_suffix(".jsonl"), _text(scored))
+        self._count += 1
+
+    def finish(self) -> tuple[int, int]:
+        """Put the output together, move it to its place and remove the folder; (lines with scores, lines without)."""
+        scores = [self.folder / f"{n:05d}.jsonl" for n in range(self._count)]
+        bad = [e for p in scores if (e := p.with_suffix(".errors.jsonl")).exists()]
+        fresh, fresh_errors = self.folder / "output", self.folder / "errors"
+        failed = _join(bad, fresh_errors)
+        written = _join(scores, fresh)
+        if written and self.out.suffix == ".parquet":
+            _to_parquet(fresh, fresh := self.folder / "output.parquet")
+        if failed:
+            fresh_errors.replace(self.errors)
+        else:
+            self.errors.unlink(missing_ok=True)  # of an earlier command
+        if written:
+            fresh.replace(self.out)
+        shutil.rmtree(self.folder)
+        return written, failed
+
+
+def _text(rows: list[str]) -> str:
+    return "".join(row + "\n" for row in rows)
+
+
+def _join(files: list[Path], out: Path) -> int:
+    """Concatenate JSON lines, down to the disk; their number."""
+    count = 0
+    with out.open("wb") as stream:
+        for file in files:
+            content = file.read_bytes()
+            count += content.count(b"\n")
+            stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return count
+
+
+def _to_parquet(file: Path, out: Path) -> None:
+    """JSON lines of scores as Parquet. A column has one type: ids are numbers if all of them are, else texts."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with file.open(encoding="utf-8") as stream:
+        whole = all(isinstance(n := json.loads(row)["id"], int) and -(2**63) <= n < 2**63 for row in stream)
+    kinds = {"id": pa.int64() if whole else pa.string()}
+    schema = pa.schema([*kinds.items(), ("candidates", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))])
+    with pq.ParquetWriter(out, schema) as writer, file.open(encoding="utf-8") as stream:
+        while rows := [json.loads(row) for _, row in zip(range(1000), stream)]:
+            for row in rows:
+                row["id"] = row["id"] if whole else str(row["id"])
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What is not the same in two manifests, in words."""
+    out = []
+    for part, values in new.items():
+        was = old.get(part)
+        was = was if isinstance(was, dict) else {}
+        for key in sorted({*values, *was}):
+            if was.get(key) != values.get(key) and (part, key) != ("requests", "file"):
+                shown = "" if key.endswith("sha256") else f" {was.get(key)} → {values.get(key)}"
+                out.append(f"other {part}" if not shown else f"{key}{shown}")
+    return out
