@@ -181,10 +181,10 @@ def measure_trie(arguments: argparse.Namespace, folder: Path, scratch: Path) -> 
         "sample": sample,
     }
     options: dict[str, dict[str, Any]] = {"ours": {"runs": 1}, "naive": {"runs": 1, "turns": 2}}
-    found = compared("trie", what, options, arguments, folder, scratch)
-    times = found["sides"]["naive"]
     scale = len(titles) / len(sample)
-    times |= {k: times[k] * scale for k in ("seconds", "fastest", "slowest")} | {"sampled_items": len(sample)}
+    found = compared("trie", what, options, arguments, folder, scratch, {"naive": scale})
+    times = found["sides"]["naive"]
+    times["sampled_items"] = len(sample)
     trie = found["ours"]["trie"]
     print(
         f"trie: {trie['items']:,} items of {trie['tokens']:,} tokens (items x length) in {trie['nodes']:,} nodes, "
@@ -202,8 +202,11 @@ def compared(
     arguments: argparse.Namespace,
     folder: Path,
     scratch: Path,
+    scales: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Seconds of the sides in ``options`` on one request, after a check that their scores agree.
+
+    ``scales``: what a side's seconds are multiplied by, where it was given a sample of the work.
 
     Returns:
         ``sides``: seconds by side (median over turns; the fastest and slowest run); beside it what each side answered.
@@ -227,8 +230,10 @@ def compared(
         one.close()
         if name == "rate":
             continue
-        times = {"fastest": min(one.times), "slowest": max(one.times), "runs": len(one.times)}
-        note = out[name]["note"]
+        scale = (scales or {}).get(name, 1.0)
+        seconds[name] *= scale
+        times = {"fastest": scale * min(one.times), "slowest": scale * max(one.times), "runs": len(one.times)}
+        note = out[name]["note"] + (f", a sample's time x {scale:.1f}" if scale != 1 else "")
         out["sides"][name] = {"seconds": seconds[name], **times, "note": note, "largest_difference": worst.get(name)}
         print(
             f"{case:<5} {name:<20} {seconds[name]:8.3f} s ({times['fastest']:.3f} to {times['slowest']:.3f}, {times['runs']} runs), "

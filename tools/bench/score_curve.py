@@ -78,13 +78,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.plot([row[name] for row in rows], seconds, marker=mark, label=label)
     for row in rows:
         axes.annotate(
-            f"{row['items']:,} items", (row["nodes"], row["seconds"]), (-6, 6), textcoords="offset points", ha="right"
+            f"{row['items']:,} items", (row["nodes"], row["seconds"]), (-6, 4), textcoords="offset points", ha="right"
         )
     axes.set(
         xscale="log", yscale="log", xlabel="tokens", ylabel="seconds per request", title="Whole catalogue by its trie"
     )
     axes.grid(True, which="both", alpha=0.3)
-    axes.margins(0.15)
+    axes.margins(0.25, 0.15)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
     plt.close(figure)
