@@ -41,6 +41,7 @@ def cli() -> None:
     instructrec train        configs/ml_latest_small.yaml --train.steps 400
     instructrec evaluate     RUN_DIR --protocol full
     instructrec recommend    RUN_DIR --user 42 --wish "a slow, sad film" -k 10
+    instructrec score        RUN_DIR requests.jsonl --out scores.jsonl
     instructrec report       RUN_DIR
     instructrec model fetch  smollm2-135m               a pretrained model, into the cache
     instructrec export       RUN_DIR OUT --to hf        weights for transformers, vLLM or PEFT
@@ -201,6 +202,55 @@ def recommend(
         about = f"  [dim]{', '.join(row['about'])}[/dim]" if row["about"] else ""
         table.add_row(str(place), escape(row["title"]) + about, f"{row['score']:.2f}", row["item_id"])
     console.print(table)
+
+
+@cli.command(context_settings={**OVERRIDES, "show_default": True}, epilog=_OVERRIDES_HELP)
+@click.argument("run_dir", type=click.Path())
+@click.argument("requests", type=click.Path())
+@click.option("--out", required=True, type=click.Path(), help="File of scores: .jsonl or .parquet.")
+@click.option(
+    "--method",
+    type=click.Choice(["items", "likelihood", "trie", "labels", "yesno"]),
+    help="How a candidate is scored. [default: items if the run has an item head, else likelihood]",
+)
+@click.option(
+    "--normalise",
+    type=click.Choice(["sum", "mean", "prior"]),
+    default="sum",
+    help="Likelihood and trie: sum over a candidate's tokens, their mean, or the sum less what no prompt gives.",
+)
+@click.option("--shifts", type=click.IntRange(1), default=1, help="Labels: cyclic shifts of the list.")
+@click.option("-k", "count", type=click.IntRange(1), default=20, help="Best items of a whole catalogue.")
+@click.option("--keep-seen", is_flag=True, help="Whole catalogue: rank items of the history too.")
+@click.option("--shard-size", type=click.IntRange(1), default=1000, help="Requests between points to go on from.")
+@click.option("--restart", is_flag=True, help="Throw away the parts of an earlier command.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def score(run_dir: str, requests: str, out: str, **options: Any) -> None:
+    """Score a file of REQUESTS, one JSON object or Parquet row each, and go on where a killed command stopped.
+
+    \b
+    {"user": "42", "wish": "a slow film", "candidates": ["12", "7"]}    item ids; absent or "all": the catalogue
+    {"id": "a", "history": ["Heat (1995)"], "preference": "crime"}      somebody new; item ids or exact titles
+    {"prompt": "Name a film.", "texts": ["Heat", "Alien"]}              an instruction as it is, and texts
+
+    A line of the output is {"id", "candidates", "scores"}. Bad lines are reported, and written to OUT.errors.jsonl.
+    """
+    from instructrec_jax.score import score as score_file
+
+    done = score_file(
+        run_dir,
+        requests,
+        out,
+        say=click.echo,
+        warn=lambda text: click.echo(text, err=True),
+        progress=progress,
+        **options,
+    )
+    click.echo(str(done))
+    if not done.lines:
+        click.echo("no line has scores: no output is written", err=True)
+        sys.exit(1)
+    click.echo(f"scores of {done.lines:,} requests: {out}")
 
 
 @cli.command()

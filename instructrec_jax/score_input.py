@@ -96,9 +96,9 @@ def lines(path: Path, skip: int = 0) -> Iterator[tuple[int, bytes | dict[str, An
         return
     number = 0
     for batch in _parquet(path).iter_batches(batch_size=1024):
-        for row in batch.slice(max(skip - number, 0)).to_pylist() if skip < number + len(batch) else ():
-            yield number + max(skip - number, 0) + 1, row
-            skip = max(skip, number) + 1
+        if number + len(batch) > skip:
+            rows = enumerate(batch.to_pylist(), start=number + 1)
+            yield from ((line, row) for line, row in rows if line > skip)
         number += len(batch)
 
 
@@ -138,6 +138,8 @@ class Parser:
         name = fields.get("id", line)
         if not isinstance(name, str | int) or isinstance(name, bool):
             raise UserError(f"id is {_kind(name)}; a text or a whole number is needed")
+        if isinstance(name, str):
+            _encodable(name, "id")
         prompt, history = self._prompt(fields)
         shown, candidates = self._candidates(fields)
         return Asked(line, name, Request(prompt, candidates), shown, np.asarray(history, np.int64))
