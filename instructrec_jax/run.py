@@ -77,6 +77,7 @@ class Session:
             self.prepared.text,
             data.catalogue.titles,
             batch_size=batch_size or self.config.evaluate.batch_size,
+            language=self.language,
         )
 
     def sequential_prompts(self, cases: Cases) -> list[InstructionExample]:

@@ -214,10 +214,10 @@ class DeviceClock:
     """
 
     def __init__(self, scorer: Scorer):
-        self._kernel, self._scorer = scorer.kernel, scorer
+        self._kernel, self._runner = scorer.runner.kernel, scorer.runner
         self._waiting = ThreadPoolExecutor(1, "device")
         self._busy = self._compiling = self._free = 0.0
-        scorer.kernel = self  # pyright: ignore[reportAttributeAccessIssue]
+        scorer.runner.kernel = self  # pyright: ignore[reportAttributeAccessIssue]
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._kernel, name)
@@ -244,7 +244,7 @@ class DeviceClock:
     def stop(self) -> tuple[float, float]:
         """Seconds of the device's work, and of compilation; the scorer is as before."""
         self._waiting.shutdown()
-        self._scorer.kernel = self._kernel
+        self._runner.kernel = self._kernel
         return self._busy, self._compiling
 
 

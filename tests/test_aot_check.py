@@ -23,7 +23,7 @@ from instructrec_jax.config import ModelConfig
 from instructrec_jax.errors import UserError
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.scoring.forest import Forest
-from instructrec_jax.scoring.kernel import CHUNK
+from instructrec_jax.scoring.trees import CHUNK
 
 ARCH = Architecture(vocab=300, width=16, layers=3, heads=4, kv_heads=2, head_size=8, mlp_width=24)
 OPTIONS = ModelConfig(dropout=0.0, item_dropout=0.0)

@@ -17,12 +17,13 @@ from instructrec_jax.models.language_model import LanguageModel, item_logits, wo
 from instructrec_jax.models.sharding import RULES
 from instructrec_jax.scoring import Request, Scorer
 from instructrec_jax.scoring.buckets import bucket, groups_by_length
+from instructrec_jax.scoring.requests import join_words
 from instructrec_jax.training.step import init_model
 from tests.tiny import tiny_config, write_slice
 
 
 def by_rows(scorer: Scorer) -> jax.NamedSharding:
-    return jax.NamedSharding(scorer._mesh, RULES.ids_bs)
+    return jax.NamedSharding(jax.sharding.get_mesh(), RULES.ids_bs)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_few_compilations(parts: tuple) -> None:
             s.builder.recommend_prompt(r.integers(0, 50, r.integers(0, 16)).tolist()) for _ in range(r.integers(1, 30))
         ]
         scorer.score_all(batch)
-    assert scorer.kernel.compilations()["items"] <= 12
+    assert scorer.runner.kernel.compilations()["items"] <= 12
 
 
 @given(st.integers(1, 5000), st.sampled_from([1, 8, 16]), st.sampled_from([1, 2]))
@@ -177,17 +178,32 @@ def test_labels_are_read_from_the_list(parts: tuple) -> None:
 
 
 def test_yesno_asks_about_each_candidate(parts: tuple) -> None:
-    s, _, scorer = parts
+    s, params, scorer = parts
     prompt = s.prompts("describe", s.prepared.data.cases(2))[0]
     found = scorer.score([Request(prompt, [3, 50, 3]), Request(prompt, [])], "yesno")
     assert found[1].shape == (0,) and (found[0] < 0).all() and found[0][0] == found[0][2]
-    # The question's own words, and the two answers, score as any other text does.
-    title = s.prepared.data.catalogue.titles[50]
+    # The question behind the prompt in a row of its own, and the two answers' logits at its end.
     text = s.prepared.text
-    yes, no = (text.encode(word)[:1] for word in ("Yes", "No"))
-    ask = text.encode(f" Will {title} be next? Yes or no:")
-    whole = [*encode_prompt(prompt, text)["tokens"].tolist(), *ask]
-    assert not encode_prompt(prompt, text)["item"].any() or scorer.score([Request(prompt, [50])], "yesno")[0] < 0
-    if not encode_prompt(prompt, text)["item"].any():
-        a, b = scorer.score([Request(whole, [yes, no])], "likelihood")[0]
-        assert found[0][1] == pytest.approx(a - np.logaddexp(a, b), abs=1e-4)
+    title = s.prepared.data.catalogue.titles[50]
+    arrays = encode_prompt(prompt, text)
+    assert arrays["item"].any(), "the prompt holds soft tokens"
+    arrays = join_words(arrays, text.encode(f" Will {title} be next? Yes or no:"))
+    row = pad_to([arrays], 8, len(arrays["tokens"]))
+    row["positions"] = np.tile(np.arange(len(arrays["tokens"]), dtype=np.int32), (8, 1))
+    row["segment_ids"] = np.ones_like(row["positions"])
+    out = LanguageModel(s.arch, s.sizes, s.config.model).apply(
+        params, {k: jax.device_put(v, by_rows(scorer)) for k, v in row.items()}, s.content
+    )
+    yes, no = np.asarray(word_logits(out.hidden, out, s.arch))[0, -1, [text.encode(w)[0] for w in ("Yes", "No")]]
+    assert found[0][1] == pytest.approx(yes - np.logaddexp(yes, no), abs=1e-4)
+
+
+def test_a_long_title_gives_way_to_the_question(parts: tuple) -> None:
+    s, params, _ = parts
+    scorer = s.scorer(params, batch_size=16)
+    scorer.reader.max_candidate = 24
+    request = Request(s.prompts("describe", s.prepared.data.cases(2))[0], ["word " * 200])
+    asked = scorer.reader.asked(scorer.reader.check(0, request))[0]
+    end = s.prepared.text.encode(" be next? Yes or no:")
+    assert len(asked) == 24 and asked[-len(end) :] == end and scorer.reader.cut
+    assert np.isfinite(scorer.score([request], "yesno")[0]).all()

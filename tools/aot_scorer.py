@@ -26,9 +26,9 @@ from instructrec_jax.models.language_model import Sizes, abstract_params
 from instructrec_jax.models.sharding import padded
 from instructrec_jax.scoring import Request, Scorer
 from instructrec_jax.scoring.forest import Forest
-from instructrec_jax.scoring.kernel import CHUNK
 from instructrec_jax.scoring.layout import Cost
-from instructrec_jax.scoring.scorer import BLOCK
+from instructrec_jax.scoring.runner import BLOCK
+from instructrec_jax.scoring.trees import CHUNK
 from instructrec_jax.scoring.trie import CatalogueTrie
 from instructrec_jax.training.mesh import make_mesh
 
@@ -262,8 +262,8 @@ def scorer_on(
             options, arch, sizes, params, content, work.items, cast(Any, None), [], rows=work.rows,
             max_prompt=max(work.prefix, 1), max_candidate=max(work.tokens, 1),
         )  # fmt: skip
-        compiler = Compiler(scorer.kernel, mesh, Costs(arch, sizes.vocab), progress)
-        scorer.kernel = cast(Any, compiler)
+        compiler = Compiler(scorer.runner.kernel, mesh, Costs(arch, sizes.vocab), progress)
+        scorer.runner.kernel = cast(Any, compiler)
         yield scorer, compiler
 
 
@@ -296,12 +296,12 @@ def run(
     with scorer_on(device, arch, options, work, progress) as (scorer, compiler):
         if layout == "trie":
             titles = words(work.items, work.tokens).tolist()
-            scorer._trie = CatalogueTrie(titles, BLOCK, scorer._trie_group)
+            scorer._trie = CatalogueTrie(titles, BLOCK, scorer.runner.trie_group)
             compiler.blocks_of_trie = len(scorer._trie.blocks)
             scorer.top_k(list(prompts), min(work.items, 100))
             least = work.requests * needed(arch, arch.vocab, work.prefix, scorer._trie.forest)
         else:
-            scorer._layout = cast(Any, layout)
+            scorer.runner.layout = cast(Any, layout)
             candidates = words(work.requests, work.candidates, work.tokens).tolist()
             scorer.score([Request(p, c) for p, c in zip(prompts, candidates)], "likelihood")
             least = sum(needed(arch, arch.vocab, work.prefix, Forest.build(c)) for c in candidates)

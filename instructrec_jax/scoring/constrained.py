@@ -19,13 +19,12 @@ import numpy as np
 from jax import P
 from jaxtyping import Array, Bool, Float, Int
 
-from instructrec_jax.config import ModelConfig
-from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.block import KeysValues
-from instructrec_jax.models.language_model import LanguageModel, Sizes, apply, word_logits
+from instructrec_jax.models.language_model import LanguageModel, apply, word_logits
 from instructrec_jax.models.sharding import BATCH, rows_by_index
+from instructrec_jax.scoring.buckets import bucket
 from instructrec_jax.scoring.forest import Forest
-from instructrec_jax.scoring.kernel import Read, spread
+from instructrec_jax.scoring.trees import Read, spread
 
 NEVER = -1e30  # score of a beam that does not exist
 
@@ -67,19 +66,15 @@ def edges(forest: Forest, items: int) -> tuple[Edges, Widths]:
     }
     count = np.bincount(parent, minlength=n + 1)
     start = np.concatenate([[0], np.cumsum(count)[:-1]])
-    room, nodes = _class(n + leaves), _class(n + 1)
+    room, nodes = bucket(n + leaves, steps=1), bucket(n + 1, steps=1)
     leaf_of = np.full(items, -1, np.int32)
     leaf_of[: len(forest.leaf_of)] = forest.leaf_of
     depth = int(forest.depth.max(initial=-1)) + 2
-    widths = Widths(_class(int(count[0])), _class(int(count[1:].max(initial=1))), _class(depth, 4))
+    widths = Widths(*(bucket(most, steps=1) for most in (int(count[0]), int(count[1:].max(initial=1)), depth)))
     padded = {k: np.pad(v[order], (0, room - n - leaves)).astype(np.int32) for k, v in columns.items()}
     tables = {k: np.pad(v, (0, nodes - n - 1)).astype(np.int32) for k, v in (("start", start), ("count", count))}
     columns = {**padded, **tables, "leaf_of": leaf_of}
     return Edges(**cast(dict[str, Any], columns)), widths
-
-
-def _class(count: int, smallest: int = 8) -> int:
-    return max(smallest, 1 << (max(count, 1) - 1).bit_length())
 
 
 class State(NamedTuple):
@@ -93,13 +88,13 @@ class State(NamedTuple):
     found: Float[Array, "B W"]  # NEVER = fewer items were found
 
 
-def beam_search(config: ModelConfig, arch: Architecture, sizes: Sizes) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The jitted search of a model.
+def beam_search(model: LanguageModel) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The search of a model, to be jitted (``widths`` and ``beams`` are static).
 
     ``(variables, read, trie, allowed [B, items], content, widths=, beams=)`` gives log probabilities and leaves ``[B, W]``, best first;
     where fewer items are allowed, or were found, ``NEVER`` and -1. ``read`` has its ``logits``.
     """
-    model = LanguageModel(arch, sizes, config)
+    arch = model.arch
 
     def search(
         variables: Any, read: Read, trie: Edges, allowed: jax.Array, content: jax.Array, *, widths: Widths, beams: int
@@ -178,7 +173,7 @@ def beam_search(config: ModelConfig, arch: Architecture, sizes: Sizes) -> Callab
         _, state, _ = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, cache))
         return state.found, jnp.where(state.found > NEVER, state.leaf, -1)
 
-    return jax.jit(search, static_argnames=("widths", "beams"))
+    return search
 
 
 def _open_before(trie: Edges, allowed: Bool[Array, "B items"]) -> Int[Array, "B leaves1"]:

@@ -116,6 +116,19 @@ class Blocks:
         return int((self.until > 0).sum())
 
 
+def stacked(cuts: Sequence[Blocks], rows: int, room: int) -> dict[str, np.ndarray]:
+    """Blocks of several forests as arrays ``[rows, room, S]`` and ``[rows, room, E]``, filled up with padding."""
+    size = cuts[0].tokens.shape[1]
+    out = {}
+    for name in ("tokens", "depth", "until", "parent", "leaf_parent", "leaf_token"):
+        fill = size if name in ("parent", "leaf_parent") else 0
+        table = np.full((rows, room, getattr(cuts[0], name).shape[1]), fill, np.int32)
+        for row, blocks in enumerate(cuts):
+            table[row, : len(blocks)] = getattr(blocks, name)
+        out[name] = table
+    return out
+
+
 def cut(forest: Forest, nodes: int, leaves: int) -> Blocks:
     """Cut a forest into blocks of ``nodes`` nodes and ``leaves`` leaves.
 

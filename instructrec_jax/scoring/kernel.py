@@ -1,15 +1,13 @@
-"""The jitted part of scoring: hidden states of trees of tokens, and the log probability of every leaf.
+"""The jitted functions of scoring.
 
 Two layouts of the same trees. *Packed*: a row holds prompts and their candidates, one forward pass. *Batched*: a prompt is read once,
 and rows of candidates (a block of their forest each) continue its keys and values, which are contracted as they lie, not repeated.
-Logits over the vocabulary exist for the nodes that have children, ``CHUNK`` of them at a time; a leaf or a child is scored by its own
-row of the word table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +15,10 @@ from jax import P
 from jaxtyping import Array, Float, Int
 
 from instructrec_jax.config import ModelConfig
-from instructrec_jax.models import attention
 from instructrec_jax.models.architecture import Architecture
-from instructrec_jax.models.heads import chosen_logits
 from instructrec_jax.models.language_model import (
     LanguageModel,
     Memory,
-    Output,
     Sizes,
     apply,
     item_logits,
@@ -31,86 +26,11 @@ from instructrec_jax.models.language_model import (
     word_logits,
 )
 from instructrec_jax.models.sharding import BATCH, rows_by_index
+from instructrec_jax.scoring.buckets import bucket
+from instructrec_jax.scoring.constrained import beam_search
+from instructrec_jax.scoring.trees import Read, Tree, leaf_scores, spread
 
-CHUNK = 64  # nodes whose logits [B, CHUNK, V] exist at one time
-
-
-class Tree(NamedTuple):
-    """What is read from the nodes of rows; an index of S (or M) is the root, whose path is empty."""
-
-    tokens: Int[Array, "B S"]
-    until: Int[Array, "B S"]
-    parent_read: Int[Array, "B S"]  # read of each node's parent; M = the node is not scored
-    leaf_node: Int[Array, "B E"]  # node whose path leads to the leaf
-    leaf_read: Int[Array, "B E"]
-    leaf_token: Int[Array, "B E"]
-
-
-class Read(NamedTuple):
-    """A batch of prompts that were read."""
-
-    hidden: Float[Array, "B 1 D"]
-    memory: Memory
-    total: Float[Array, "B 1"]  # log Σ exp of the first token's logits
-    logits: Float[Array, "B 1 V"] | None = None
-
-
-def leaf_scores(
-    hidden: Float[Array, "B M D"],
-    count: jax.Array,
-    tree: Tree,
-    out: Output,
-    arch: Architecture,
-    raw: bool,
-    root_total: Float[Array, "B 1"] | None = None,
-) -> Float[Array, "B E"]:
-    """Log P of every leaf's path from where scoring starts, float32; ``raw``: the leaf's own logit alone.
-
-    Args:
-        hidden: states of the nodes that have children.
-        count: how many of them are real in the fullest row.
-        tree: what to read.
-        out: the heads.
-        arch: the model.
-        raw: no softmax: for labels that are compared with each other alone.
-        root_total: the last of ``hidden`` is a root whose log normaliser is this; ``count`` leaves it out.
-    """
-    leaf = chosen_logits(rows_by_index(hidden, tree.leaf_read), tree.leaf_token, out, arch)
-    if raw:
-        return leaf
-    if root_total is None:
-        total = _log_normalisers(hidden, count, out, arch)
-    else:
-        total = jnp.concatenate([_log_normalisers(hidden[:, :-1], count, out, arch), root_total], axis=1)
-    reads = hidden.shape[1]
-    scored = tree.parent_read < reads
-    parent = jnp.minimum(tree.parent_read, reads - 1)
-    node = chosen_logits(rows_by_index(hidden, parent), tree.tokens, out, arch) - rows_by_index(total, parent)
-    node = jnp.where(scored, node, 0.0)
-    ancestors = attention.tree_mask(tree.until).astype(jnp.float32)
-    # In full float32: a path is a sum of up to a hundred terms, and a TPU would round each to bfloat16.
-    path = jnp.einsum("bst,bt->bs", ancestors, node, precision=jax.lax.Precision.HIGHEST)
-    path = jnp.pad(path, ((0, 0), (0, 1)))  # the root
-    return rows_by_index(path, tree.leaf_node) + leaf - rows_by_index(total, tree.leaf_read)
-
-
-def _log_normalisers(
-    hidden: Float[Array, "B M D"], count: jax.Array, out: Output, arch: Architecture
-) -> Float[Array, "B M"]:
-    """log Σ exp of the word logits of the first ``count`` nodes (0 behind them), a chunk at a time."""
-    size = hidden.shape[1]
-    chunk = min(CHUNK, size)
-    room = -size % chunk
-    padded = jnp.pad(hidden, ((0, 0), (0, room), (0, 0)))
-
-    def body(number: jax.Array, total: jax.Array) -> jax.Array:
-        part = jax.lax.dynamic_slice_in_dim(padded, number * chunk, chunk, axis=1)
-        found = jax.nn.logsumexp(word_logits(part, out, arch), axis=-1)
-        return jax.lax.dynamic_update_slice_in_dim(total, found, number * chunk, axis=1)
-
-    start = jnp.sum(jnp.zeros_like(padded, jnp.float32), axis=-1)
-    chunks = jnp.minimum((count + chunk - 1) // chunk, (size + room) // chunk)
-    return jax.lax.fori_loop(0, chunks, body, start)[:, :size]
+ROOMY = 256  # places of a memory at least, and then powers of two: what continues it compiles once per size
 
 
 class Kernel:
@@ -123,10 +43,11 @@ class Kernel:
         self.read = jax.jit(_read(model), static_argnames=("alone", "logits"))
         self.blocks = jax.jit(_blocks(model), static_argnames=("group", "raw"))
         self.every = jax.jit(_every(model), static_argnames=("group", "rank"))
+        self.beams = jax.jit(beam_search(model), static_argnames=("widths", "beams"))
 
     def compilations(self) -> dict[str, int]:
         """How often each function was compiled so far."""
-        names = ("items", "packed", "read", "blocks", "every")
+        names = ("items", "packed", "read", "blocks", "every", "beams")
         return {name: getattr(self, name)._cache_size() for name in names}
 
 
@@ -168,6 +89,7 @@ def _read(model: LanguageModel) -> Callable[..., Read]:
     ) -> Read:
         """Prompts, one per row; ``alone``: the first row only, on every device."""
         hidden, memory, out = read_prompt(model, variables, batch, last, content)
+        memory = _roomy(memory)
         words = jax.reshard(word_logits(hidden, out, model.arch), P(BATCH, None, None))
         total = jax.nn.logsumexp(words, axis=-1)
         if not alone:
@@ -183,6 +105,23 @@ def _read(model: LanguageModel) -> Callable[..., Read]:
         return Read(first(hidden, 0), Memory(**kept), first(total, 0), first(words, 0) if logits else None)
 
     return step
+
+
+def _roomy(memory: Memory) -> Memory:
+    """The prompt's part of a memory padded to a size class; what pads it is masked."""
+
+    def padded(x: Any, axis: int) -> Any:
+        room = bucket(x.shape[axis], ROOMY, steps=1) - x.shape[axis]
+        return jnp.pad(x, [(0, room if at == axis else 0) for at in range(x.ndim)])
+
+    if memory.cross is not None:  # the encoder's output; the decoder's own past is its start token
+        cross = jax.tree.map(lambda x: padded(x, 2), memory.cross)
+        return memory._replace(cross=cross, cross_mask=padded(memory.cross_mask, 1))
+    return memory._replace(
+        past=jax.tree.map(lambda x: padded(x, 2), memory.past),
+        mask=padded(memory.mask, 1),
+        positions=padded(memory.positions, 1),
+    )
 
 
 def _continue(
@@ -323,14 +262,3 @@ def _first_axis(x: jax.Array) -> Any:
 
 def _tiled(x: jax.Array, count: int) -> jax.Array:
     return jnp.broadcast_to(x[None], (count, *x.shape)).reshape(count * x.shape[0], *x.shape[1:])
-
-
-def spread(x: Float[Array, "B ..."], rows: int) -> Float[Array, "R ..."]:
-    """Each of B rows R / B times, side by side, laid out like rows of a batch."""
-    count = x.shape[0]
-    if count == rows:
-        return x
-    spec = tuple(jax.typeof(x).sharding.spec)
-    wide = jnp.broadcast_to(x[:, None], (count, rows // count, *x.shape[1:]), out_sharding=P(spec[0], None, *spec[1:]))
-    wide = jnp.reshape(wide, (rows, *x.shape[1:]), out_sharding=P(*spec))
-    return wide if spec[0] is not None else jax.reshard(wide, P(BATCH, *spec[1:]))

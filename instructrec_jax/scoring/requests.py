@@ -120,7 +120,15 @@ class Reader:
         """Every candidate as the end of a yes-or-no question, with what follows a prompt."""
         shown = ready.texts if ready.texts is not None else [self._shown(ready, int(i)) for i in self._items(ready)]
         before, after = self._phrases["ask"].split("{title}")
-        return [[*ids, *self.text.after] for ids in self._encode([f"{before}{title}{after}" for title in shown])]
+        end = [*self.text.encode(after), *self.text.after]
+        out = []
+        for ids in self._encode([f"{before}{title}{after}" for title in shown]):
+            whole = [*ids, *self.text.after]
+            if len(whole) > self.max_candidate:  # the title gives way, not the question
+                self.cut += 1
+                whole = [*whole[: self.max_candidate - len(end)], *end]
+            out.append(whole)
+        return out
 
     def verdicts(self) -> tuple[int, int]:
         """First tokens of yes and no.
@@ -200,3 +208,9 @@ class Reader:
             self.cut += 1
             ids = ids[: self.max_candidate - len(end)]
         return [*ids, *end]
+
+
+def join_words(prompt: Prompt, words: Sequence[int]) -> Prompt:
+    """A prompt with words behind it."""
+    added = {k: np.zeros(len(words), v.dtype) for k, v in prompt.items()} | {"tokens": np.asarray(words, np.int32)}
+    return {k: np.concatenate([prompt[k], added[k]]) for k in FIELDS}

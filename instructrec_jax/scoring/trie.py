@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from instructrec_jax.scoring.buckets import bucket
 from instructrec_jax.scoring.constrained import Edges, Widths, edges
-from instructrec_jax.scoring.forest import Forest, cut
+from instructrec_jax.scoring.forest import Forest, cut, stacked
 from instructrec_jax.scoring.rows import LEAVES_PER_NODE
 
 
@@ -33,7 +34,7 @@ class CatalogueTrie:
     def _build(self) -> None:
         self.forest = Forest.build(self._sequences)
         self.blocks = cut(self.forest, self._nodes, LEAVES_PER_NODE * self._nodes)
-        self.capacity = _class(len(self._sequences), 128)
+        self.capacity = bucket(len(self._sequences), 128, steps=1)
         self._device = self._edges = None
         # Items of a leaf stand together here: titles may be the same.
         self._by_leaf = np.argsort(self.forest.leaf_of, kind="stable")
@@ -54,20 +55,8 @@ class CatalogueTrie:
         """(blocks ``[n, ...]``, slot of every item, number of real blocks), on every device of the mesh."""
         if self._device is None or self._device[0] is not mesh:
             n = len(self.blocks)
-            room = -(-_class(max(n, 1), self.group) // self.group) * self.group
-            fills = {
-                "tokens": 0,
-                "depth": 0,
-                "until": 0,
-                "parent": self._nodes,
-                "leaf_parent": self._nodes,
-                "leaf_token": 0,
-            }
-            arrays = {}
-            for name, fill in fills.items():
-                own = getattr(self.blocks, name)
-                arrays[name] = np.full((room, own.shape[1]), fill, np.int32)
-                arrays[name][:n] = own
+            room = -(-bucket(n, self.group, steps=1) // self.group) * self.group
+            arrays = {k: v[0] for k, v in stacked([self.blocks], 1, room).items()}
             slots = np.full(self.capacity, -1, np.int32)
             leaf = self.forest.leaf_of
             slots[: len(leaf)] = np.where(leaf >= 0, self.blocks.slot[leaf] if len(self.blocks.slot) else -1, -1)
@@ -95,10 +84,3 @@ class CatalogueTrie:
             if allowed[item]
         ][:most]
         return np.asarray([s for s, _ in found], np.float32), np.asarray([i for _, i in found], np.int64)
-
-
-def _class(count: int, smallest: int) -> int:
-    size = smallest
-    while size < count:
-        size *= 2
-    return size
