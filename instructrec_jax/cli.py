@@ -210,7 +210,7 @@ def recommend(
 @click.option("--out", required=True, type=click.Path(), help="File of scores: .jsonl or .parquet.")
 @click.option(
     "--method",
-    type=click.Choice(["items", "likelihood", "trie", "labels", "yesno"]),
+    type=click.Choice(["items", "rerank", "likelihood", "trie", "labels", "yesno"]),
     help="How a candidate is scored. [default: items if the run has an item head, else likelihood]",
 )
 @click.option(

@@ -147,6 +147,7 @@ class ModelConfig:
         None  # on embeddings and residual branches; null = 0.3 from scratch, 0 beside published weights
     )
     item_dropout: float = 0.1  # chance that an input item token is replaced by the unknown-item token
+    rerank_head: bool = False  # a second head for short lists of candidates: P_i = softmax(θᵀσ(f_i + g) + β_i)
     item_id_embedding: bool = True  # learned part of the item vector beside the content projection
     content_features: int = 128  # width of the text features (TF-IDF + truncated SVD); 0 = none
     cooccurrence_features: int = 0  # width of collaborative features from the training split; 0 = none
@@ -188,6 +189,11 @@ class TrainConfig:
     label_smoothing: float = 0.0  # over the catalogue, on the item loss
     item_loss_weight: float = 1.0
     text_loss_weight: float = 0.3
+    rerank_loss_weight: float = 1.0  # where there is a re-ranking head
+    rerank_candidates: int = 20  # C of its loss: the target, and what the matching head ranks highest beside it
+    rerank_teacher: float = (
+        0.0  # share of the matching head's probabilities in what it learns; the rest is the target's
+    )
     logits_chunk: int = 16  # sequence positions whose logits exist at one time
     log_every: int = 25
     eval_every: int = 150  # validation NDCG@10, full ranking; the best step is kept

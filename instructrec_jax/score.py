@@ -1,8 +1,8 @@
 """A file of requests to a file of scores.
 
-Three threads work at once: one reads lines and builds prompts ahead, the calling one scores, one ranks and writes. A shard of requests
-is done when its part stands in a folder beside the output; a killed command goes on after the last part. The output is put together
-from the parts at the end, so it is complete or absent.
+Three threads work at once: one reads lines and tokenises ahead, the calling one drives the device, one ranks and writes. A shard of
+requests is done when its part stands in a folder beside the output; a killed command goes on after the last part. The output is put
+together from the parts at the end, so it is complete or absent.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from instructrec_jax.run import trained
 from instructrec_jax.score_input import Asked, Bad, Parser, check_suffix, examine, lines
 from instructrec_jax.score_parts import Parts
 from instructrec_jax.scoring import Scorer
+from instructrec_jax.scoring.prepare import Prepared
 
 Progress = Callable[[str, int, Iterator], Iterator]
 BATCH = 256  # requests in one call of the scorer
@@ -104,7 +105,7 @@ def score(
         _check_options(method, normalise, shifts)
         scorer = s.scorer(params)
         how: dict[str, Any] = {"method": method, "normalise": normalise, "shifts": shifts}
-        scorer.score([], **how)  # what no request could be scored with is an error at once, not one per line
+        scorer.prepare([], **how)  # what no request could be scored with is an error at once, not one per line
         manifest = {
             "requests": {"file": requests.name, "sha256": digest},
             "options": {**how, "k": count, "keep_seen": keep_seen, "shard_size": shard_size, "overrides": [*overrides]},
@@ -118,11 +119,8 @@ def score(
             clock = DeviceClock(scorer)
             most = max(1, min(BATCH, CATALOGUE_SCORES // s.prepared.data.num_items))
             writer = Writer(parts, s.prepared.data.catalogue.item_ids, count, keep_seen, requests, warn)
-            work = _pipeline(
-                lambda batch: _scores(scorer, batch, how),
-                _batches(Parser(s), lines(requests, done), shard_size, most),
-                writer.write,
-            )
+            batches = _batches(Parser(s), lines(requests, done), shard_size, most)
+            work = _pipeline((_ready(batch, scorer, how) for batch in batches), scorer.run, writer.write)
             begun = time.perf_counter()
             for _ in progress("scoring", number - done, work):
                 pass
@@ -153,6 +151,7 @@ class Batch:
     asked: list[Asked]
     bad: list[Bad]
     last: bool
+    prepared: Prepared | None = None  # of ``asked``
 
 
 def _batches(
@@ -174,37 +173,38 @@ def _batch(held: list[Asked | Bad], last: bool) -> Batch:
     return Batch([x for x in held if isinstance(x, Asked)], [x for x in held if isinstance(x, Bad)], last)
 
 
+def _ready(batch: Batch, scorer: Scorer, how: dict[str, Any]) -> Batch:
+    """The batch with the host's part of scoring done; what the scorer refuses is bad."""
+    asked, bad = batch.asked, [*batch.bad]
+    try:
+        return replace(batch, prepared=scorer.prepare([a.request for a in asked], **how))
+    except UserError:
+        kept = []
+        for a in asked:
+            try:
+                scorer.prepare([a.request], **how)
+                kept.append(a)
+            except UserError as error:
+                bad.append(Bad(a.line, error.message.removeprefix("request 0: ")))
+        return Batch(kept, bad, batch.last, scorer.prepare([a.request for a in kept], **how))
+
+
 def _pipeline(
-    score_batch: Callable[[Batch], list[Any]], batches: Iterator[Batch], write: Callable[[Batch, list[Any]], None]
+    batches: Iterator[Batch], run: Callable[[Prepared], list[Any]], write: Callable[[Batch, list[Any]], None]
 ) -> Iterator[int]:
-    """Read, score and write at once; yields the line of every request that was handed on."""
+    """Read and tokenise, score, and write at once; yields the line of every request that was handed on."""
     with ThreadPoolExecutor(1, "requests") as reading, ThreadPoolExecutor(1, "scores") as writing:
         read = deque(reading.submit(next, batches, None) for _ in range(AHEAD))
         written: deque[Future[None]] = deque()
         while (batch := read.popleft().result()) is not None:
             read.append(reading.submit(next, batches, None))
-            scores = score_batch(batch)
+            scores = run(batch.prepared) if batch.prepared is not None and batch.asked else []
             if len(written) == AHEAD:
                 written.popleft().result()
             written.append(writing.submit(write, batch, scores))
             yield from sorted(x.line for x in (*batch.asked, *batch.bad))
         for left in written:
             left.result()
-
-
-def _scores(scorer: Scorer, batch: Batch, how: dict[str, Any]) -> list[Float[np.ndarray, " C"] | Bad]:
-    """Scores of every request, or why it has none: the requests that the scorer refuses are found by halving."""
-
-    def halves(asked: list[Asked]) -> list[Float[np.ndarray, " C"] | Bad]:
-        try:
-            return [*scorer.score([a.request for a in asked], **how)]
-        except UserError as error:
-            if len(asked) == 1:
-                return [Bad(asked[0].line, error.message.removeprefix("request 0: "))]
-        middle = len(asked) // 2
-        return halves(asked[:middle]) + halves(asked[middle:])
-
-    return halves(batch.asked) if batch.asked else []
 
 
 class DeviceClock:
@@ -266,16 +266,14 @@ class Writer:
         self._bad: list[Bad] = []
         self.errors = 0
 
-    def write(self, batch: Batch, scores: list[Float[np.ndarray, " C"] | Bad]) -> None:
+    def write(self, batch: Batch, scores: list[Float[np.ndarray, " C"]]) -> None:
         """Add a batch to the shard, and write the shard if it is the last one."""
         bad = [*batch.bad]
         for asked, found in zip(batch.asked, scores):
-            if isinstance(found, np.ndarray) and not np.isfinite(found).all():
-                found = Bad(asked.line, "a score is not finite")
-            if isinstance(found, Bad):
-                bad.append(found)
-            else:
+            if np.isfinite(found).all():
                 self._lines.append(json.dumps(self._row(asked, found), ensure_ascii=False))
+            else:
+                bad.append(Bad(asked.line, "a score is not finite"))
         bad.sort(key=lambda b: b.line)
         for b in bad[: max(SHOWN_ERRORS - self.errors, 0)]:
             self._warn(f"{self._requests}, line {b.line}: {b.error}")

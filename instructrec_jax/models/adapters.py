@@ -22,7 +22,9 @@ from instructrec_jax.models.parts import adapter_scale, norms, weight_values
 Tree = dict[str, Any]
 
 GROUPS = ("all", "adapter", "items", "embeddings")
-ITEM_PARAMS = ("item_bias", "item_content", "item_id", "unknown_item", "feature_table", "feature_offset")
+ITEM_PARAMS = (
+    "item_bias", "item_content", "item_id", "unknown_item", "feature_table", "feature_offset", "rerank_direction", "rerank_bias",
+)  # fmt: skip
 _EMBEDDINGS = ("words", "word_head", "word_bias", "positions")
 # Projections that may have an adapter, and that a quantised base holds in few bits.
 TARGETS = (*PROJECTIONS, *(f"cross_{name}" for name in PROJECTIONS[:4]))

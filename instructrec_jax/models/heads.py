@@ -50,6 +50,8 @@ class Output(NamedTuple):
     item_bias: Float[Array, " I"] | None
     cache: KeysValues
     cross: KeysValues | None = None
+    rerank_direction: Float[Array, " D"] | None = None  # θ of the re-ranking head
+    rerank_bias: Float[Array, " I"] | None = None  # its β
 
 
 def item_logits(hidden: Float[Array, "B S D"], out: Output, count: int) -> Float[Array, "B S I"]:
@@ -58,6 +60,15 @@ def item_logits(hidden: Float[Array, "B S D"], out: Output, count: int) -> Float
     logits = jnp.einsum("bsd,id->bsi", hidden.astype(jnp.float32), out.item_vectors, out_sharding=RULES.logits_bsv)
     logits = logits + out.item_bias
     return jnp.where(jnp.arange(logits.shape[-1]) < count, logits, -1e30)
+
+
+def rerank_logits(hidden: Float[Array, "B S D"], candidates: Int[Array, "B S C"], out: Output) -> Float[Array, "B S C"]:
+    """θᵀσ(f_i + g) + β_i of every position's own candidates, float32. ``candidates`` are rows of the item table."""
+    assert out.item_vectors is not None and out.rerank_direction is not None and out.rerank_bias is not None
+    vectors = lookup(out.item_vectors, candidates, RULES.candidates_bscd)
+    together = jax.nn.sigmoid(vectors + hidden.astype(jnp.float32)[:, :, None])
+    bias = lookup(out.rerank_bias[:, None], candidates, RULES.candidates_bscd)[..., 0]
+    return jnp.einsum("bscd,d->bsc", together, out.rerank_direction) + bias
 
 
 def word_logits(hidden: Float[Array, "B S D"], out: Output, arch: Architecture) -> Float[Array, "B S V"]:

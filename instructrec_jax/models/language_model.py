@@ -5,6 +5,10 @@ f_i, and the *matching head* scores it against the hidden state g of the positio
 
     R_i = softmax_i(f_i · g + θ_i)                              over the whole catalogue
 
+and, if the config asks for one, the *re-ranking head* scores it beside the other candidates of a request:
+
+    P_i = softmax_i(θᵀσ(f_i + g) + β_i)                         over candidates
+
 A new item needs only its content c_i. Words are predicted by the word table (tied or not) from the same hidden states.
 
 A model *reads* a prompt (``read``) and *continues* it (``memory``); a decoder keeps the prompt's keys and values, an encoder-decoder
@@ -27,7 +31,16 @@ from instructrec_jax.config import ModelConfig
 from instructrec_jax.models import attention
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.block import stack
-from instructrec_jax.models.heads import Memory, Output, Sizes, item_logits, pooled, word_log_prob, word_logits
+from instructrec_jax.models.heads import (
+    Memory,
+    Output,
+    Sizes,
+    item_logits,
+    pooled,
+    rerank_logits,
+    word_log_prob,
+    word_logits,
+)
 from instructrec_jax.models.parts import dropout, norm, param
 from instructrec_jax.models.rows import Batch, plain_batch, split_rows, start_row
 from instructrec_jax.models.sharding import MESH_AXES, RULES, lookup, padded
@@ -36,7 +49,7 @@ PLAIN = ModelConfig(dropout=0.0, item_dropout=0.0)
 
 __all__ = [
     "PLAIN", "LanguageModel", "Memory", "Output", "Sizes", "abstract_params", "apply", "count_parameters", "init_variables",
-    "item_logits", "plain_batch", "pooled", "read_prompt", "word_log_prob", "word_logits",
+    "item_logits", "plain_batch", "pooled", "read_prompt", "rerank_logits", "word_log_prob", "word_logits",
 ]  # fmt: skip
 
 
@@ -80,12 +93,13 @@ class LanguageModel(nn.Module):
             words if a.tied_head else param(self, "word_head", 0.02, (s.vocab, a.width), RULES.table_vd, o.param_dtype)
         )
         head_bias = param(self, "word_bias", 0.0, (s.vocab,), RULES.vector_v) if a.head_bias else None
-        item_bias = vectors = None
+        item_bias = vectors = direction = rerank_bias = None
         if s.items:
-            item_bias = self.param(
-                "item_bias", lambda _: jnp.zeros((s.items,), jnp.float32, out_sharding=RULES.vector_v)
-            )
+            item_bias = param(self, "item_bias", 0.0, (s.items,), RULES.vector_v)
             vectors = self._item_vectors(content, s)
+            if o.rerank_head:
+                direction = param(self, "rerank_direction", a.width**-0.5, (a.width,), RULES.vector_d)
+                rerank_bias = param(self, "rerank_bias", 0.0, (s.items,), RULES.vector_v)
 
         def embedded(part: Batch) -> jax.Array:
             x = self._embed(part, words, vectors, s)
@@ -102,7 +116,7 @@ class LanguageModel(nn.Module):
             x = norm(a.norm, a.norm_eps, "final_norm")(x)
         if a.head_scale != 1.0:
             x = x * a.head_scale
-        return Output(x, head, head_bias, vectors, item_bias, kept, cross)
+        return Output(x, head, head_bias, vectors, item_bias, kept, cross, direction, rerank_bias)
 
     def word_logits(self, out: Output) -> Float[Array, "B S V"]:
         """Logits of every position over the published vocabulary. For long rows prefer ``word_log_prob`` on chunks."""

@@ -54,6 +54,7 @@ class Rules:
     scores_bksgt: P = P(BATCH, "tensor", None, None, None)
     mlp_bsf: P = P(BATCH, None, "tensor")
     logits_bsv: P = P(BATCH, None, "tensor")
+    candidates_bscd: P = P(BATCH, None, None, None)
     table_used: P = P("tensor", None)
 
 

@@ -23,6 +23,7 @@ from instructrec_jax.models.language_model import (
     apply,
     item_logits,
     read_prompt,
+    rerank_logits,
     word_logits,
 )
 from instructrec_jax.models.sharding import BATCH, rows_by_index
@@ -30,6 +31,7 @@ from instructrec_jax.scoring.buckets import bucket
 from instructrec_jax.scoring.constrained import beam_search
 from instructrec_jax.scoring.trees import Read, Tree, leaf_scores, spread
 
+RERANKED = 128  # candidates of a prompt whose sums f + g exist at a time
 ROOMY = 256  # places of a memory at least, and then powers of two: what continues it compiles once per size
 
 
@@ -39,6 +41,7 @@ class Kernel:
     def __init__(self, config: ModelConfig, arch: Architecture, sizes: Sizes, num_items: int):
         model = LanguageModel(arch, sizes, config)
         self.items = jax.jit(_items(model, num_items))
+        self.rerank = jax.jit(_rerank(model))
         self.packed = jax.jit(_packed(model), static_argnames="raw")
         self.read = jax.jit(_read(model), static_argnames=("alone", "logits"))
         self.blocks = jax.jit(_blocks(model), static_argnames=("group", "raw"))
@@ -47,7 +50,7 @@ class Kernel:
 
     def compilations(self) -> dict[str, int]:
         """How often each function was compiled so far."""
-        names = ("items", "packed", "read", "blocks", "every", "beams")
+        names = ("items", "rerank", "packed", "read", "blocks", "every", "beams")
         return {name: getattr(self, name)._cache_size() for name in names}
 
 
@@ -56,6 +59,20 @@ def _items(model: LanguageModel, num_items: int) -> Callable[..., jax.Array]:
         """log softmax over the catalogue, ``[B, I]``, of padded prompts."""
         hidden, _, out = read_prompt(model, variables, batch, last, content)
         return jax.nn.log_softmax(item_logits(hidden, out, num_items)[:, 0], axis=-1)
+
+    return step
+
+
+def _rerank(model: LanguageModel) -> Callable[..., jax.Array]:
+    def step(
+        variables: Any, batch: dict[str, jax.Array], last: jax.Array, candidates: Int[Array, "B C"], content: jax.Array
+    ) -> Float[Array, "B C"]:
+        """Re-ranking logits of padded prompts' candidates, ``RERANKED`` of every prompt at a time: [B, C, D] never exists."""
+        hidden, _, out = read_prompt(model, variables, batch, last, content)
+        rows, count = candidates.shape
+        parts = jnp.moveaxis(candidates.reshape(rows, count // RERANKED, 1, RERANKED), 1, 0)
+        found = jax.lax.map(lambda part: rerank_logits(hidden, part, out), parts)
+        return jnp.moveaxis(found, 0, 1).reshape(rows, count)
 
     return step
 

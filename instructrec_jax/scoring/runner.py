@@ -69,6 +69,21 @@ class Runner:
             batch, last = self._prompt_batch([prompts[i] for i in group], self._batch_size, 16)
             yield group, np.asarray(self.kernel.items(self.params, batch, last, self.content))
 
+    def reranked(self, prompts: list[Prompt], lists: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+        """(index of a prompt, re-ranking logits of its list of catalogue indices), for lists that are not empty."""
+        asked = [i for i, items in enumerate(lists) if len(items)]
+        for group in groups_by_length([len(prompts[i]["tokens"]) for i in asked], self._batch_size):
+            chosen = [asked[i] for i in group]
+            batch, last = self._prompt_batch([prompts[i] for i in chosen], self._batch_size, 16)
+            most = bucket(max(len(lists[i]) for i in chosen), SHORTEST, steps=1)
+            candidates = np.zeros((last.shape[0], most), np.int32)
+            for row, i in enumerate(chosen):
+                candidates[row, : len(lists[i])] = lists[i]
+            on_mesh = self.put({"candidates": candidates})["candidates"]
+            logits = np.asarray(self.kernel.rerank(self.params, batch, last, on_mesh, self.content))
+            for row, i in enumerate(chosen):
+                yield i, logits[row, : len(lists[i])]
+
     # ----------------------------------------------------------------------------------------------------------- layouts
 
     def leaves(self, jobs: list[Job], *, raw: bool) -> list[np.ndarray]:

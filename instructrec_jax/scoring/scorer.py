@@ -7,6 +7,8 @@
 * ``yesno``: log P(yes) of a question that ends with the candidate (TALLRec, arXiv 2305.00447), all behind one prompt.
 * ``items``: the matching head. log softmax over the whole catalogue of f_i · g + θ_i, where g is the hidden state of the last prompt
   position; candidates are read from it.
+* ``rerank``: the re-ranking head. log softmax over the request's candidates of θᵀσ(f_i + g) + β_i, which a model has if it was trained
+  with ``model.rerank_head``.
 
 A request's prompt is computed once and every distinct prefix of its candidates once, in one of two layouts (``scoring/kernel.py``). Prompt
 and candidate are tokenised apart, so the border between them is a token border by construction.
@@ -15,7 +17,7 @@ and candidate are tokenised apart, so the border between them is a token border 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,13 +30,13 @@ from instructrec_jax.instructions.example import InstructionExample
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import Sizes
 from instructrec_jax.scoring.forest import Forest
-from instructrec_jax.scoring.requests import Candidates, Reader, Ready, Request, join_words
+from instructrec_jax.scoring.prepare import Normalise, Prepared, prepare
+from instructrec_jax.scoring.requests import Candidates, Reader, Ready, Request
 from instructrec_jax.scoring.rows import Job
 from instructrec_jax.scoring.runner import BLOCK, Layout, Runner
 from instructrec_jax.scoring.trie import CatalogueTrie
 
-METHODS = ("items", "likelihood", "trie", "labels", "yesno")
-Normalise = Literal["sum", "mean", "prior"]
+METHODS = ("items", "rerank", "likelihood", "trie", "labels", "yesno")
 
 __all__ = ["METHODS", "Candidates", "Request", "Scorer"]
 
@@ -78,6 +80,7 @@ class Scorer:
         language: str = "en",
     ):
         self._num_items, self._has_items = num_items, bool(sizes.items)
+        self._has_rerank = self._has_items and config.rerank_head
         self.reader = Reader(
             text, titles, max_prompt=max_prompt, max_candidate=min(max_candidate, BLOCK), language=language
         )
@@ -110,26 +113,29 @@ class Scorer:
         Raises:
             UserError: unknown method, a candidate outside the catalogue, or what a method cannot score.
         """
+        return self.run(self.prepare(requests, method, normalise=normalise, shifts=shifts))
+
+    def prepare(
+        self,
+        requests: Sequence[Request],
+        method: str = "items",
+        *,
+        normalise: Normalise = "sum",
+        shifts: int = 1,
+    ) -> Prepared:
+        """The host's part of ``score``, for a thread of its own; ``run`` is the device's. Arguments and errors as in ``score``."""
         _one_of(method, METHODS, "scoring method")
         _one_of(normalise, ("sum", "mean", "prior"), "normalisation")
         if method == "items" and not self._has_items:
             raise UserError("this model has no item head", remedy="score by likelihood, or train with item tokens")
-        ready = [self.reader.check(number, request) for number, request in enumerate(requests)]
-        if method == "items":
-            return self._by_items(ready)
-        if method == "labels":
-            return self._by_labels(ready, shifts)
-        if method == "yesno":
-            return self._by_verdict(ready)
-        out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(ready)
-        whole = [r for r in ready if r.everything or (method == "trie" and r.items is not None and len(r))]
-        for r, scores in zip(whole, self._by_trie(whole)):
-            out[r.number] = scores if r.everything else scores[r.items]
-        done = {r.number for r in whole}
-        listed = [r for r in ready if r.number not in done and len(r)]
-        for r, scores in zip(listed, self._by_likelihood(listed)):
-            out[r.number] = scores
-        return [self._normalised(r, out[r.number], normalise) for r in ready]
+        if method == "rerank" and not self._has_rerank:
+            raise UserError("this model has no re-ranking head", remedy="train with model.rerank_head: true")
+        return prepare(self.reader, requests, method, normalise, shifts, self.runner.encodes)
+
+    def run(self, prepared: Prepared) -> list[Float[np.ndarray, " C"]]:
+        """Scores of what ``prepare`` made ready."""
+        by = {"items": self._by_items, "rerank": self._by_rerank, "labels": self._by_labels, "yesno": self._by_verdict}
+        return by.get(prepared.method, self._by_likelihood)(prepared)
 
     def score_all(self, prompts: Sequence[InstructionExample]) -> Float[np.ndarray, "B I"]:
         """The matching head over the whole catalogue, as one array."""
@@ -192,73 +198,46 @@ class Scorer:
 
     # ----------------------------------------------------------------------------------------------------------- methods
 
-    def _by_items(self, ready: list[Ready]) -> list[np.ndarray]:
-        for r in ready:
-            if r.words is not None:
-                raise UserError(f"request {r.number}: the item head scores catalogue items, not texts")
-        prompts = [self.reader.prompt(r.prompt) for r in ready]
-        out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(ready)
-        for group, scores in self.runner.items(prompts):
+    def _by_items(self, p: Prepared) -> list[np.ndarray]:
+        out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(p.ready)
+        for group, scores in self.runner.items(p.prompts):
             for row, i in enumerate(group):
-                items = ready[i].items
+                items = p.ready[i].items
                 out[i] = scores[row, : self._num_items] if items is None else scores[row, items]
         return out
 
-    def _by_likelihood(self, ready: list[Ready]) -> list[np.ndarray]:
-        jobs, forests = [], []
-        for n, r in enumerate(ready):
-            forests.append(Forest.build(self.reader.sequences(r)))
-            jobs.append(Job(n, self.reader.prompt(r.prompt), forests[-1]))
-        leaves = self.runner.leaves(jobs, raw=False)
-        return [np.where(f.leaf_of >= 0, found[f.leaf_of], 0).astype(np.float32) for f, found in zip(forests, leaves)]
-
-    def _by_verdict(self, ready: list[Ready]) -> list[np.ndarray]:
-        yes, no = self.reader.verdicts()
-        jobs: list[Job] = []
-        owners: list[tuple[int, Forest]] = []
-        for n, r in enumerate(ready):
-            prompt, asked = self.reader.prompt(r.prompt, framed=False), self.reader.asked(r)
-            if self.runner.encodes:  # the encoder reads the whole question, and the decoder answers: nothing is shared
-                parts = [(join_words(prompt, words), [[yes], [no]]) for words in asked]
-            else:
-                parts = [(prompt, [[*words, word] for words in asked for word in (yes, no)])]
-            for start, ends in parts:
-                owners.append((n, Forest.build(ends)))
-                jobs.append(Job(len(jobs), start, owners[-1][1]))
-        found: list[list[np.ndarray]] = [[] for _ in ready]
-        for (n, forest), leaves in zip(owners, self.runner.leaves(jobs, raw=True)):
-            logits = leaves[forest.leaf_of].reshape(-1, 2)
-            found[n].append(-np.logaddexp(0, logits[:, 1] - logits[:, 0]).astype(np.float32))
-        return [np.concatenate([np.zeros(0, np.float32), *parts]) for parts in found]
-
-    def _by_labels(self, ready: list[Ready], shifts: int) -> list[np.ndarray]:
-        if shifts < 1:
-            raise UserError(f"shifts = {shifts}: a list is read at least once")
-        jobs: list[Job] = []
-        owners: list[tuple[int, np.ndarray]] = []
-        forests = []
-        sizes = [self._num_items if r.everything else len(r) for r in ready]
-        for n, (r, size) in enumerate(zip(ready, sizes)):
-            times = min(shifts, size)
-            for k in range(times):
-                # Shifts as far apart as they can be: each candidate visits places over the whole list.
-                order = np.roll(np.arange(size), -(k * size // times))
-                example, tokens = self.reader.listed(r, order.tolist())
-                forests.append(Forest.build([[token] for token in tokens]))
-                jobs.append(Job(len(jobs), self.reader.prompt(example), forests[-1]))
-                owners.append((n, order))
-        out = [np.zeros(size, np.float32) for size in sizes]
-        for (n, order), forest, leaves in zip(owners, forests, self.runner.leaves(jobs, raw=True)):
-            logits = leaves[forest.leaf_of]
-            out[n][order] += (logits - np.logaddexp.reduce(logits)) / min(shifts, sizes[n])
+    def _by_rerank(self, p: Prepared) -> list[np.ndarray]:
+        every = np.arange(self._num_items)
+        lists = [every if r.items is None else r.items for r in p.ready]
+        out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(p.ready)
+        for i, logits in self.runner.reranked(p.prompts, lists):
+            out[i] = logits - np.logaddexp.reduce(logits)
         return out
 
-    def _by_trie(self, ready: list[Ready]) -> list[np.ndarray]:
-        out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(ready)
-        for group, read in self.runner.read([self.reader.prompt(r.prompt) for r in ready]):
+    def _by_likelihood(self, p: Prepared) -> list[np.ndarray]:
+        out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(p.ready)
+        for group, read in self.runner.read(p.prompts):
             scores = np.asarray(self.runner.every(read, self.trie, None, rank=0))
             for row, i in enumerate(group):
-                out[i] = scores[row, : self._num_items]
+                items = p.ready[p.asked[i]].items
+                out[p.asked[i]] = scores[row, : self._num_items] if items is None else scores[row, items]
+        for job, number, found in zip(p.jobs, p.owners, self.runner.leaves(p.jobs, raw=False)):
+            out[number] = _of_candidates(job.forest, found)
+        return [self._normalised(r, scores, p.normalise) for r, scores in zip(p.ready, out)]
+
+    def _by_verdict(self, p: Prepared) -> list[np.ndarray]:
+        found: list[list[np.ndarray]] = [[] for _ in p.ready]
+        for job, number, leaves in zip(p.jobs, p.owners, self.runner.leaves(p.jobs, raw=True)):
+            logits = leaves[job.forest.leaf_of].reshape(-1, 2)
+            found[number].append(-np.logaddexp(0, logits[:, 1] - logits[:, 0]).astype(np.float32))
+        return [np.concatenate([np.zeros(0, np.float32), *parts]) for parts in found]
+
+    def _by_labels(self, p: Prepared) -> list[np.ndarray]:
+        out = [np.zeros(p.size(r.number, self._num_items), np.float32) for r in p.ready]
+        times = np.bincount(p.owners, minlength=len(out))
+        for job, number, order, leaves in zip(p.jobs, p.owners, p.orders, self.runner.leaves(p.jobs, raw=True)):
+            logits = leaves[job.forest.leaf_of]
+            out[number][order] += (logits - np.logaddexp.reduce(logits)) / times[number]
         return out
 
     def _normalised(self, ready: Ready, scores: np.ndarray, how: Normalise) -> np.ndarray:
@@ -271,8 +250,13 @@ class Scorer:
         if new:
             forest = Forest.build(new)
             found = self.runner.leaves([Job(0, self.reader.empty_prompt(), forest)], raw=False)[0]
-            self._prior.update(zip(new, np.where(forest.leaf_of >= 0, found[forest.leaf_of], 0).tolist()))
+            self._prior.update(zip(new, _of_candidates(forest, found).tolist()))
         return (scores - np.asarray([self._prior[tuple(s)] for s in sequences])).astype(np.float32)
+
+
+def _of_candidates(forest: Forest, leaves: np.ndarray) -> np.ndarray:
+    """Scores of a forest's candidates; one without tokens is certain."""
+    return np.where(forest.leaf_of >= 0, leaves[forest.leaf_of], 0).astype(np.float32)
 
 
 def _one_of(value: str, known: Sequence[str], what: str) -> None:

@@ -231,10 +231,10 @@ class Window:
             float(total("text_count")),
             passes,
         )
+        heads = [head for head in ("item", "text", "rerank") if f"{head}_loss" in host[0]]
         values = {
             "loss": float(loss.mean()),
-            "item_loss": float(total("item_loss") / max(total("item_count"), 1)),
-            "text_loss": float(total("text_loss") / max(total("text_count"), 1)),
+            **{f"{head}_loss": float(total(f"{head}_loss") / max(total(f"{head}_count"), 1)) for head in heads},
             "grad_norm": float(norm.mean()),
             "learning_rate": float(host[-1]["learning_rate"]),
             "step_seconds": seconds / len(host),
@@ -243,7 +243,7 @@ class Window:
             "useful_mfu": flops / seconds / peak,
             "input_stall": self.waited / seconds,
         }
-        for head in ("item", "text"):
+        for head in heads:
             task_loss, task_count = total(f"{head}_task_loss"), total(f"{head}_task_count")
             for number, task in enumerate(TASKS, start=1):
                 if task_count[number]:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from instructrec_jax.models.architecture import Architecture
-from instructrec_jax.models.language_model import Output, item_logits, word_log_prob
-from instructrec_jax.models.sharding import lookup, rows_by_index
+from instructrec_jax.models.language_model import Output, item_logits, rerank_logits, word_log_prob
+from instructrec_jax.models.sharding import BATCH, lookup, rows_by_index
 
 NUM_TASKS = 8  # task numbers are 1-based and small; 0 is padding
 
@@ -59,6 +59,32 @@ def item_loss(out: Output, batch: dict[str, jax.Array], count: int, smoothing: f
         chosen = chosen + lookup(bias[:, None], index)[..., 0]
         average = jnp.einsum("bsd,d->bs", wide, mean_vector) + mean_bias
         return normaliser - (1 - smoothing) * chosen - smoothing * average
+
+    return _chunked(out.hidden, batch["item_target"], batch["task"], nll, chunk)
+
+
+def rerank_loss(
+    out: Output, batch: dict[str, jax.Array], count: int, candidates: int, teacher: float, chunk: int
+) -> Sums:
+    """−Σ_i R_i log P_i of the re-ranking head, summed over positions with an ``item_target``.
+
+    The candidates are the target and the items that the matching head ranks highest beside it, so that the head learns on what it will
+    be given. R is 1 on the target, or for the share ``teacher`` the matching head's softmax over the candidates, which does not learn
+    from it.
+    """
+    if out.rerank_direction is None:
+        return zero_sums()
+
+    def nll(hidden: jax.Array, target: jax.Array) -> jax.Array:
+        index = jnp.maximum(target - 1, 0)[..., None]
+        matching = jax.lax.stop_gradient(item_logits(hidden, out, count))
+        matching = jax.reshard(matching, jax.P(BATCH, None, None))  # top_k needs the catalogue together
+        own = jnp.arange(matching.shape[-1]) == index
+        others, rivals = jax.lax.top_k(jnp.where(own, -jnp.inf, matching), min(candidates, count) - 1)
+        listed = jnp.concatenate([jnp.sum(jnp.where(own, matching, 0), axis=-1, keepdims=True), others], axis=-1)
+        log_prob = jax.nn.log_softmax(rerank_logits(hidden, jnp.concatenate([index, rivals], axis=-1), out), axis=-1)
+        taught = jnp.sum(jax.nn.softmax(listed, axis=-1) * log_prob, axis=-1) if teacher else 0.0
+        return -(1 - teacher) * log_prob[..., 0] - teacher * taught
 
     return _chunked(out.hidden, batch["item_target"], batch["task"], nll, chunk)
 

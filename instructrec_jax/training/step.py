@@ -41,7 +41,7 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     def decayed(params: Any) -> Any:
         def leaf(path: tuple, x: Any) -> bool:
             name = jax.tree_util.keystr(path)
-            return not any(part in name for part in ("norm", "bias", "unknown_item", "magnitude"))
+            return not any(part in name for part in ("norm", "bias", "unknown_item", "magnitude", "direction"))
 
         return jax.tree_util.tree_map_with_path(leaf, params)
 
@@ -90,7 +90,8 @@ def make_train_step(
 ) -> Callable[[State, Tree, Batch, Array], tuple[State, dict[str, Array]]]:
     """The jitted step ``(state, frozen, batch, content) -> (state, metrics)``; the state is donated.
 
-    loss = w_item · Σ item_nll / Σ item targets + w_text · Σ text_nll / Σ text targets, where the denominators are counted over the
+    loss = w_item · Σ item_nll / Σ item targets + w_text · Σ text_nll / Σ text targets (and the re-ranking head's, over the item targets,
+    where there is one), where the denominators are counted over the
     whole batch before the first micro-batch: accumulation gives the full-batch gradient, however targets are spread.
     """
     train = config.train
@@ -105,7 +106,14 @@ def make_train_step(
         item = losses.item_loss(out, batch, num_items, train.label_smoothing, train.logits_chunk)
         text = losses.word_loss(out, batch, train.logits_chunk, arch)
         loss = train.item_loss_weight * item.loss / totals[0] + train.text_loss_weight * text.loss / totals[1]
-        return loss, {"item": item._asdict(), "text": text._asdict()}
+        sums = {"item": item._asdict(), "text": text._asdict()}
+        if config.model.rerank_head:
+            rerank = losses.rerank_loss(
+                out, batch, num_items, train.rerank_candidates, train.rerank_teacher, train.logits_chunk
+            )
+            loss = loss + train.rerank_loss_weight * rerank.loss / totals[0]
+            sums["rerank"] = rerank._asdict()
+        return loss, sums
 
     def step(state: State, frozen: Tree, batch: Batch, content: Array) -> tuple[State, dict[str, Array]]:
         totals = tuple(
@@ -124,8 +132,9 @@ def make_train_step(
             only = {k: v[0] for k, v in batch.items()}
             (loss, sums), grads = grad(state["params"], frozen, only, content, jax.random.fold_in(key, 0), totals)
         else:
-            zero = losses.zero_sums()._asdict()
-            start = (jnp.float32(0), {"item": zero, "text": zero}, jax.tree.map(jnp.zeros_like, state["params"]))
+            heads = ("item", "text", "rerank") if config.model.rerank_head else ("item", "text")
+            zero = {head: losses.zero_sums()._asdict() for head in heads}
+            start = (jnp.float32(0), zero, jax.tree.map(jnp.zeros_like, state["params"]))
             (loss, sums, grads), _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(count)))
 
         updates, opt = tx.update(grads, state["opt"], state["params"])
