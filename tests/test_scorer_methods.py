@@ -83,7 +83,7 @@ def one_by_one(name: str) -> Callable[[list[int], list[int]], float]:
             encodes = arch.kind == "encoder-decoder"
             text = [arch.decoder_start if encodes else None, *candidate] if encodes else [*prompt, *candidate]
             batch = {}
-            for key, ids, width in (("", text, 48), ("source_", prompt, 32)):
+            for key, ids, width in (("", text, 96), ("source_", prompt, 32)):
                 if key and not encodes:
                     continue
                 row = np.zeros((1, width), np.int32)
@@ -165,6 +165,34 @@ def test_yesno_is_the_two_labels_softmax(name: str, layout: str) -> None:
         for words, value in zip(ask, values):
             yes, no = (score([*prompt, *words], [label]) for label in (30, 31))
             assert value == pytest.approx(yes - np.logaddexp(yes, no), abs=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["packed", "auto"])
+def test_a_system_prefix_is_computed_once_per_row(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two system prompts in turns: rows grow so that several requests stand behind theirs, and scores stay."""
+    mesh, made = scorer("llama3", layout=layout)
+    r = np.random.default_rng(1)
+    systems = [r.integers(3, WORDS, 60).tolist() for _ in range(2)]
+    requests = [
+        Request([1, *systems[n % 2], *r.integers(3, WORDS, 6).tolist()], [r.integers(3, WORDS, 3).tolist()] * 2)
+        for n in range(16)
+    ]
+    computed: list[int] = []
+    with jax.set_mesh(mesh):
+        plain = made.runner.kernel.packed
+
+        def counted(params: Any, batch: Any, *args: Any, **options: Any) -> Any:
+            computed.append(int(np.sum(np.asarray(batch["segment_ids"]))))
+            return plain(params, batch, *args, **options)
+
+        monkeypatch.setattr(made.runner.kernel, "packed", counted)
+        found = made.score(requests, "likelihood")
+    alone = sum(len(q.prompt) + 2 for q in requests)
+    assert 0 < sum(computed) < 0.5 * alone, (computed, alone)
+    for request, scores in zip(requests, found):
+        words: Any = request.candidates[0]
+        expected = one_by_one("llama3")(list(request.prompt), words)  # pyright: ignore[reportArgumentType]
+        np.testing.assert_allclose(scores, expected, atol=1e-4)
 
 
 def test_normalisations() -> None:

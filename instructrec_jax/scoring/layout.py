@@ -29,6 +29,20 @@ class Cost:
         size = total if total <= room else bucket(total)
         return size * (self.per_token + self.per_pair * max(size, room if total <= room else size))
 
+    def room(self, nodes: float, shared: int, room: int) -> int:
+        """Tokens of a row, ``room`` or a few times as many, where each computes a prefix of ``shared`` tokens once for all of its requests.
+
+        A longer row holds more requests behind the prefix and pays for it in attention. ``nodes``: of a request, the prefix included.
+        """
+        if not shared:
+            return room
+
+        def of_a_request(size: int) -> float:
+            requests = max((size - shared) / max(nodes - shared, 1), 1)
+            return size * (self.per_token + self.per_pair * size) / requests
+
+        return min((room, 2 * room, 4 * room), key=of_a_request)
+
     def batched(self, prompt: int, nodes: int, block: int) -> float:
         """The prompt in a row of its own, then blocks of ``block`` nodes."""
         size = bucket(prompt, 16)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Int
@@ -15,6 +16,7 @@ from jaxtyping import Int
 from instructrec_jax.scoring.forest import ROOT, Forest
 
 FIELDS = {"tokens": np.int32, "item": np.int32, "feature": np.int32, "feature_value": np.float32}
+WORTH_SHARING = 32  # prompt tokens
 LEAVES_PER_NODE = 2  # leaves of a row, as a multiple of its nodes
 Prompt = dict[str, np.ndarray]
 
@@ -83,16 +85,24 @@ def common_prefix(a: Prompt, b: Prompt) -> int:
     return n if same.all() else int(np.argmin(same))
 
 
+def shared_prefix(prompts: Sequence[Prompt]) -> int:
+    """Leading tokens that prompts have in common with the one most like them (the median of neighbours in the order of tokens)."""
+    order = sorted(prompts, key=lambda p: p["tokens"].astype(">i4").tobytes())
+    return int(np.median([common_prefix(a, b) for a, b in pairwise(order)])) if len(order) > 1 else 0
+
+
 def pack(
     jobs: Iterable[Job], size: int, start: int | None = None, source_size: int = 0, look_back: int = 16
 ) -> list[Row]:
-    """Jobs in rows of ``size`` nodes: long ones first, each into the row of the newest ``look_back`` that it fills best."""
+    """Jobs in rows of ``size`` nodes, long ones first.
+
+    Each goes into the row of the newest ``look_back`` with whose last prompt it shares most, and among like ones into the fullest.
+    """
     rows: list[Row] = []
     for job in sorted(jobs, key=lambda j: -j.nodes):
-        best: Row | None = None
-        for row in rows[-look_back:]:
-            if row.fits(job) and (best is None or row.used - row.cost(job)[2] > best.used - best.cost(job)[2]):
-                best = row
+        fitting = [row for row in rows[-look_back:] if row.fits(job)]
+        # A few tokens in common, such as a template's first words, are not worth a hole in another row.
+        best = max(fitting, key=lambda row: (row.cost(job)[2] // WORTH_SHARING, row.used), default=None)
         if best is None:
             best = Row(size, start, source_size)
             rows.append(best)

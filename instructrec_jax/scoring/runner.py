@@ -18,7 +18,7 @@ from instructrec_jax.scoring.buckets import bucket, groups_by_length
 from instructrec_jax.scoring.forest import cut, stacked
 from instructrec_jax.scoring.kernel import Kernel, Read
 from instructrec_jax.scoring.layout import Cost
-from instructrec_jax.scoring.rows import LEAVES_PER_NODE, Job, Prompt, arrays, pack
+from instructrec_jax.scoring.rows import LEAVES_PER_NODE, WORTH_SHARING, Job, Prompt, arrays, pack, shared_prefix
 from instructrec_jax.scoring.trie import CatalogueTrie
 
 Layout = Literal["auto", "packed", "batched"]
@@ -90,26 +90,29 @@ class Runner:
         """The leaves' scores of every job, by the layout that is told or cheaper."""
         out: list[np.ndarray] = [np.zeros(max(len(j.forest.leaf_token), 1), np.float32) for j in jobs]
         jobs = [j for j in jobs if len(j.forest.leaf_token)]
-        batched = [j for j in jobs if self._is_batched(j)]
+        shared = 0 if self.encodes else shared_prefix([j.prompt for j in jobs])
+        shared = shared if shared >= WORTH_SHARING else 0
+        room = self._cost.room(float(np.mean([j.nodes for j in jobs])) if jobs else 0.0, shared, self._row_tokens)
+        batched = [j for j in jobs if self._is_batched(j, shared, room)]
         chosen = {j.number for j in batched}
-        for number, scores in self._packed([j for j in jobs if j.number not in chosen], raw):
+        for number, scores in self._packed([j for j in jobs if j.number not in chosen], raw, room):
             out[number] = scores
         for number, scores in self._batched(batched, raw):
             out[number] = scores
         return out
 
-    def _is_batched(self, job: Job) -> bool:
+    def _is_batched(self, job: Job, shared: int, room: int) -> bool:
         if self.layout != "auto":
             return self.layout == "batched"
         prompt, nodes = len(job.prompt["tokens"]), len(job.forest)
-        return self._cost.batched(prompt, nodes, BLOCK) < self._cost.packed(prompt, nodes, self._row_tokens)
+        return self._cost.batched(prompt, nodes, BLOCK) < self._cost.packed(max(prompt - shared, 0), nodes, room)
 
-    def _packed(self, jobs: list[Job], raw: bool) -> list[tuple[int, np.ndarray]]:
+    def _packed(self, jobs: list[Job], raw: bool, room: int) -> list[tuple[int, np.ndarray]]:
         """(job number, leaf scores) by rows that hold prompts and candidates."""
         out: list[tuple[int, np.ndarray]] = []
         sizes: dict[int, list[Job]] = {}
         for job in jobs:
-            sizes.setdefault(max(bucket(self._room(job)), self._row_tokens), []).append(job)
+            sizes.setdefault(max(bucket(self._room(job)), room), []).append(job)
         if len(jobs) == 1:
             sizes = {bucket(self._room(jobs[0])): jobs}
         by_number = {j.number: j for j in jobs}
