@@ -22,6 +22,7 @@ from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import Sizes
 from instructrec_jax.models.sharding import check_divides
 from instructrec_jax.training.checkpoint import Checkpoints, check_writable
+from instructrec_jax.training.checks import check_embedding_gradients
 from instructrec_jax.training.log import MetricsFile, format_seconds, peak_flops, step_flops
 from instructrec_jax.training.mesh import mesh_sizes
 from instructrec_jax.training.step import State, evaluated, init_state, make_train_step, put_batch
@@ -103,6 +104,7 @@ def train(
             f"train.sequence_length = {settings.sequence_length} is not a multiple of train.logits_chunk = {settings.logits_chunk}"
         )
     check_divides(arch, mesh, settings.batch_size // settings.accumulate)
+    check_embedding_gradients(jax.sharding.get_mesh())
 
     # -------------------------------------------------------------------------------------- state: fresh, or the last saved
     state: State = init_state(trained, settings)
