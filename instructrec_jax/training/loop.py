@@ -22,9 +22,10 @@ from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import Sizes
 from instructrec_jax.models.sharding import check_divides
 from instructrec_jax.training.checkpoint import Checkpoints, check_writable
+from instructrec_jax.training.checks import check_embedding_gradients
 from instructrec_jax.training.log import MetricsFile, format_seconds, peak_flops, step_flops
 from instructrec_jax.training.mesh import mesh_sizes
-from instructrec_jax.training.step import State, init_state, make_train_step, put_batch
+from instructrec_jax.training.step import State, evaluated, init_state, make_train_step, put_batch
 
 Validate = Callable[[Any], dict[str, float]]  # params -> {"ndcg@10": ..., "hr@10": ...}
 
@@ -103,6 +104,7 @@ def train(
             f"train.sequence_length = {settings.sequence_length} is not a multiple of train.logits_chunk = {settings.logits_chunk}"
         )
     check_divides(arch, mesh, settings.batch_size // settings.accumulate)
+    check_embedding_gradients(jax.sharding.get_mesh())
 
     # -------------------------------------------------------------------------------------- state: fresh, or the last saved
     state: State = init_state(trained, settings)
@@ -153,7 +155,7 @@ def train(
 
             if step % settings.eval_every == 0 or step == settings.steps:
                 begun = time.perf_counter()
-                best = validate(state["params"])
+                best = validate(evaluated(state))
                 metrics_file.write(
                     step, {f"valid_{k}": v for k, v in best.items()} | {"valid_seconds": time.perf_counter() - begun}
                 )

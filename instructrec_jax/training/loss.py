@@ -15,16 +15,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from instructrec_jax.models.architecture import Architecture
-from instructrec_jax.models.language_model import Output, item_logits, rerank_logits, word_log_prob
+from instructrec_jax.models.heads import Output, chosen_logits, item_logits, rerank_logits, word_logits
 from instructrec_jax.models.sharding import BATCH, lookup, rows_by_index
 
 NUM_TASKS = 8  # task numbers are 1-based and small; 0 is padding
 
 
 class Sums(NamedTuple):
-    """Summed loss and number of targets, in total and by task."""
+    """Summed loss, squared log normaliser (for the z-loss) and number of targets; loss and number also by task."""
 
     loss: Float[Array, ""]
+    z: Float[Array, ""]
     count: Float[Array, ""]
     task_loss: Float[Array, " tasks"]
     task_count: Float[Array, " tasks"]
@@ -33,8 +34,9 @@ class Sums(NamedTuple):
 def word_loss(out: Output, batch: dict[str, jax.Array], chunk: int, arch: Architecture) -> Sums:
     """−log softmax(words)[target], summed over positions with a ``text_target`` (token id + 1; 0 = none)."""
 
-    def nll(hidden: jax.Array, target: jax.Array) -> jax.Array:
-        return -word_log_prob(hidden, jnp.maximum(target - 1, 0), out, arch)
+    def nll(hidden: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        normaliser = jax.nn.logsumexp(word_logits(hidden, out, arch), axis=-1)
+        return normaliser - chosen_logits(hidden, jnp.maximum(target - 1, 0), out, arch), normaliser
 
     return _chunked(out.hidden, batch["text_target"], batch["task"], nll, chunk)
 
@@ -51,14 +53,14 @@ def item_loss(out: Output, batch: dict[str, jax.Array], count: int, smoothing: f
     mean_vector = jnp.sum(jnp.where(real, vectors, 0), axis=0) / count
     mean_bias = jnp.sum(jnp.where(real[:, 0], bias, 0)) / count
 
-    def nll(hidden: jax.Array, target: jax.Array) -> jax.Array:
+    def nll(hidden: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
         wide = hidden.astype(jnp.float32)
         index = jnp.maximum(target - 1, 0)
         normaliser = jax.nn.logsumexp(item_logits(hidden, out, count), axis=-1)
         chosen = jnp.sum(wide * lookup(vectors, index), axis=-1)
         chosen = chosen + lookup(bias[:, None], index)[..., 0]
         average = jnp.einsum("bsd,d->bs", wide, mean_vector) + mean_bias
-        return normaliser - (1 - smoothing) * chosen - smoothing * average
+        return normaliser - (1 - smoothing) * chosen - smoothing * average, normaliser
 
     return _chunked(out.hidden, batch["item_target"], batch["task"], nll, chunk)
 
@@ -75,16 +77,18 @@ def rerank_loss(
     if out.rerank_direction is None:
         return zero_sums()
 
-    def nll(hidden: jax.Array, target: jax.Array) -> jax.Array:
+    def nll(hidden: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
         index = jnp.maximum(target - 1, 0)[..., None]
         matching = jax.lax.stop_gradient(item_logits(hidden, out, count))
         matching = jax.reshard(matching, jax.P(BATCH, None, None))  # top_k needs the catalogue together
         own = jnp.arange(matching.shape[-1]) == index
         others, rivals = jax.lax.top_k(jnp.where(own, -jnp.inf, matching), min(candidates, count) - 1)
         listed = jnp.concatenate([jnp.sum(jnp.where(own, matching, 0), axis=-1, keepdims=True), others], axis=-1)
-        log_prob = jax.nn.log_softmax(rerank_logits(hidden, jnp.concatenate([index, rivals], axis=-1), out), axis=-1)
+        logits = rerank_logits(hidden, jnp.concatenate([index, rivals], axis=-1), out)
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        log_prob = logits - normaliser[..., None]
         taught = jnp.sum(jax.nn.softmax(listed, axis=-1) * log_prob, axis=-1) if teacher else 0.0
-        return -(1 - teacher) * log_prob[..., 0] - teacher * taught
+        return -(1 - teacher) * log_prob[..., 0] - teacher * taught, normaliser
 
     return _chunked(out.hidden, batch["item_target"], batch["task"], nll, chunk)
 
@@ -93,10 +97,10 @@ def _chunked(
     hidden: Float[Array, "B S D"],
     target: Int[Array, "B S"],
     task: Int[Array, "B S"],
-    nll: Callable[[jax.Array, jax.Array], jax.Array],
+    nll: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
     chunk: int,
 ) -> Sums:
-    """Sum ``nll`` over positions whose target is not 0, ``chunk`` positions of every row at a time."""
+    """Sum ``nll``'s (loss, log normaliser) over positions whose target is not 0, ``chunk`` positions of every row at a time."""
     batch, length = target.shape
     chunk = min(chunk, length)
     if length % chunk:
@@ -104,10 +108,12 @@ def _chunked(
 
     def compute(hidden: jax.Array, target: jax.Array, task: jax.Array) -> Sums:
         weight = (target > 0).astype(jnp.float32)
-        loss = nll(hidden, target) * weight
+        loss, normaliser = nll(hidden, target)
+        loss = loss * weight
         by_task = (task[..., None] == jnp.arange(NUM_TASKS)).astype(jnp.float32)
         return Sums(
             loss.sum(),
+            jnp.sum(normaliser**2 * weight),
             weight.sum(),
             jnp.einsum("bs,bst->t", loss, by_task, out_sharding=jax.P(None)),
             jnp.einsum("bs,bst->t", weight, by_task, out_sharding=jax.P(None)),
@@ -135,4 +141,4 @@ def _chunked(
 
 def zero_sums() -> Sums:
     """Nothing lost on nothing."""
-    return Sums(jnp.float32(0), jnp.float32(0), jnp.zeros(NUM_TASKS), jnp.zeros(NUM_TASKS))
+    return Sums(jnp.float32(0), jnp.float32(0), jnp.float32(0), jnp.zeros(NUM_TASKS), jnp.zeros(NUM_TASKS))

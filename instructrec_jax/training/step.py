@@ -14,41 +14,16 @@ from jaxtyping import Array, Float, Int
 from instructrec_jax.config import Config, TrainConfig
 from instructrec_jax.models.adapters import Tree, join, split, with_magnitudes
 from instructrec_jax.models.architecture import Architecture
-from instructrec_jax.models.language_model import LanguageModel, Sizes, apply, init_variables
+from instructrec_jax.models.language_model import LanguageModel, Output, Sizes, apply, init_variables
 from instructrec_jax.models.sharding import BATCH
 from instructrec_jax.training import loss as losses
+from instructrec_jax.training.optimisers import optimizer, schedule
 
-State = dict[str, Any]  # {"params": what is trained, "opt": tree, "step": int32 scalar}
+State = dict[
+    str, Any
+]  # {"params": what is trained, "opt": tree, "step": int32 scalar}, and "ema" like params if asked for
 Batch = dict[str, Array]  # every value [A, B/A, S]: A micro-batches
 BATCH_SPEC = P(None, BATCH, None)
-
-
-def schedule(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up, then cosine decay to ``final_lr_fraction``; defined for any number of steps."""
-    warmup = min(config.warmup_steps, max(config.steps // 2, 1))
-    return optax.warmup_cosine_decay_schedule(
-        0.0,
-        config.learning_rate,
-        warmup,
-        max(config.steps, warmup + 1),
-        config.learning_rate * config.final_lr_fraction,
-    )
-
-
-def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then AdamW; norms, biases, single vectors and DoRA's magnitudes are not decayed."""
-
-    def decayed(params: Any) -> Any:
-        def leaf(path: tuple, x: Any) -> bool:
-            name = jax.tree_util.keystr(path)
-            return not any(part in name for part in ("norm", "bias", "unknown_item", "magnitude", "direction"))
-
-        return jax.tree_util.tree_map_with_path(leaf, params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule(config), config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decayed),
-    )
 
 
 def init_model(
@@ -82,7 +57,75 @@ def init_state(params: Tree, config: TrainConfig) -> State:
     opt = optimizer(config).init(params)
     replicated = jax.NamedSharding(jax.sharding.get_mesh(), P())
     opt = jax.tree.map(lambda x: jax.device_put(x, replicated) if x.ndim == 0 else x, opt)
-    return {"params": params, "opt": opt, "step": jax.device_put(jnp.int32(0), replicated)}
+    state = {"params": params, "opt": opt, "step": jax.device_put(jnp.int32(0), replicated)}
+    # A copy: the step donates both.
+    return {**state, "ema": jax.tree.map(jnp.copy, params)} if config.ema else state
+
+
+def evaluated(state: State) -> Tree:
+    """What validation and export take: the running mean of the weights if there is one."""
+    return state.get("ema", state["params"])
+
+
+def averaged(ema: Tree, params: Tree, step: Int[Array, ""], decay: float) -> Tree:
+    """The running mean after ``step`` (from 0). It starts short, min(decay, (1 + t) / (10 + t)): the first weights are soon forgotten."""
+    now = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: old + (1 - now) * (new - old), ema, params)
+
+
+MicroLoss = Callable[
+    [Tree, Batch, Array], tuple[Array, dict[str, Any]]
+]  # (params, part of a batch, key) -> (loss, sums by head)
+
+
+def batch_gradients(
+    micro_loss: MicroLoss, params: Tree, batch: Batch, key: Array
+) -> tuple[Array, dict[str, Any], Tree]:
+    """Loss, sums by head, and gradients, added up over the micro-batches: one after the other, where there are several."""
+    grad = jax.value_and_grad(micro_loss, has_aux=True)
+
+    def add(carry: tuple, part: tuple[Batch, Int[Array, ""]]) -> tuple[tuple, None]:
+        micro, number = part
+        (loss, sums), grads = grad(params, micro, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, carry, (loss, sums, grads)), None
+
+    count = batch["tokens"].shape[0]
+    if count == 1:
+        (loss, sums), grads = grad(params, {k: v[0] for k, v in batch.items()}, jax.random.fold_in(key, 0))
+        return loss, sums, grads
+    _, sums = jax.eval_shape(micro_loss, params, {k: v[0] for k, v in batch.items()}, key)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    start = (jnp.float32(0), zero, jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, start, (batch, jnp.arange(count)))[0]
+
+
+def head_losses(
+    out: Output, batch: Batch, totals: tuple[Array, Array], num_items: int, train: TrainConfig, arch: Architecture
+) -> tuple[Array, dict[str, Any]]:
+    """The loss of a part of a batch, and its sums by head; ``totals`` are the whole batch's numbers of item and text targets.
+
+    loss = w_item · Σ item_nll / Σ item targets + w_text · Σ text_nll / Σ text targets, and the re-ranking head's, over the item targets,
+    where there is one. With a z-loss every nll of words and of the catalogue has z · log² Z beside it, Z being the softmax's normaliser
+    (PaLM, arXiv 2204.02311, section 5).
+    """
+    item = losses.item_loss(out, batch, num_items, train.label_smoothing, train.logits_chunk)
+    text = losses.word_loss(out, batch, train.logits_chunk, arch)
+    by_item = train.item_loss_weight * (item.loss + train.z_loss * item.z) / totals[0]
+    by_text = train.text_loss_weight * (text.loss + train.z_loss * text.z) / totals[1]
+    loss, sums = by_item + by_text, {"item": item._asdict(), "text": text._asdict()}
+    if out.rerank_direction is not None:
+        rerank = losses.rerank_loss(
+            out, batch, num_items, train.rerank_candidates, train.rerank_teacher, train.logits_chunk
+        )
+        loss = loss + train.rerank_loss_weight * rerank.loss / totals[0]
+        sums["rerank"] = rerank._asdict()
+    return loss, sums
+
+
+def count_targets(batch: Batch) -> tuple[Array, Array]:
+    """Numbers of item and text targets of a whole batch, at least 1."""
+    item, text = (jnp.sum(batch[k] > 0).astype(jnp.float32) for k in ("item_target", "text_target"))
+    return jnp.maximum(item, 1.0), jnp.maximum(text, 1.0)
 
 
 def make_train_step(
@@ -90,53 +133,23 @@ def make_train_step(
 ) -> Callable[[State, Tree, Batch, Array], tuple[State, dict[str, Array]]]:
     """The jitted step ``(state, frozen, batch, content) -> (state, metrics)``; the state is donated.
 
-    loss = w_item · Σ item_nll / Σ item targets + w_text · Σ text_nll / Σ text targets (and the re-ranking head's, over the item targets,
-    where there is one), where the denominators are counted over the
-    whole batch before the first micro-batch: accumulation gives the full-batch gradient, however targets are spread.
+    Targets are counted over the whole batch before the first micro-batch: accumulation gives the full-batch gradient, however
+    targets are spread.
     """
     train = config.train
     model = LanguageModel(arch, sizes, config.model, train=True)
     tx = optimizer(train)
     rate = schedule(train)
 
-    def micro_loss(
-        params: Tree, frozen: Tree, batch: Batch, content: Array, key: Array, totals: tuple[Array, Array]
-    ) -> tuple[Array, Any]:
-        out = apply(model, join(params, frozen), batch, content, rngs={"dropout": key})
-        item = losses.item_loss(out, batch, num_items, train.label_smoothing, train.logits_chunk)
-        text = losses.word_loss(out, batch, train.logits_chunk, arch)
-        loss = train.item_loss_weight * item.loss / totals[0] + train.text_loss_weight * text.loss / totals[1]
-        sums = {"item": item._asdict(), "text": text._asdict()}
-        if config.model.rerank_head:
-            rerank = losses.rerank_loss(
-                out, batch, num_items, train.rerank_candidates, train.rerank_teacher, train.logits_chunk
-            )
-            loss = loss + train.rerank_loss_weight * rerank.loss / totals[0]
-            sums["rerank"] = rerank._asdict()
-        return loss, sums
-
     def step(state: State, frozen: Tree, batch: Batch, content: Array) -> tuple[State, dict[str, Array]]:
-        totals = tuple(
-            jnp.maximum(jnp.sum(batch[k] > 0).astype(jnp.float32), 1.0) for k in ("item_target", "text_target")
-        )
+        totals = count_targets(batch)
+
+        def micro_loss(params: Tree, micro: Batch, key: Array) -> tuple[Array, dict[str, Any]]:
+            out = apply(model, join(params, frozen), micro, content, rngs={"dropout": key})
+            return head_losses(out, micro, totals, num_items, train, arch)
+
         key = jax.random.fold_in(jax.random.key(train.seed), state["step"])
-        grad = jax.value_and_grad(micro_loss, has_aux=True)
-
-        def accumulate(carry: tuple, part: tuple[Batch, Int[Array, ""]]) -> tuple[tuple, None]:
-            micro, number = part
-            (loss, sums), grads = grad(state["params"], frozen, micro, content, jax.random.fold_in(key, number), totals)
-            return jax.tree.map(jnp.add, carry, (loss, sums, grads)), None
-
-        count = batch["tokens"].shape[0]
-        if count == 1:
-            only = {k: v[0] for k, v in batch.items()}
-            (loss, sums), grads = grad(state["params"], frozen, only, content, jax.random.fold_in(key, 0), totals)
-        else:
-            heads = ("item", "text", "rerank") if config.model.rerank_head else ("item", "text")
-            zero = {head: losses.zero_sums()._asdict() for head in heads}
-            start = (jnp.float32(0), zero, jax.tree.map(jnp.zeros_like, state["params"]))
-            (loss, sums, grads), _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(count)))
-
+        loss, sums, grads = batch_gradients(micro_loss, state["params"], batch, key)
         updates, opt = tx.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         metrics = {
@@ -146,7 +159,10 @@ def make_train_step(
             "useful_tokens": jnp.sum(batch["segment_ids"] > 0),
             **{f"{head}_{k}": v for head, part in sums.items() for k, v in part.items()},
         }
-        return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
+        new = {"params": params, "opt": opt, "step": state["step"] + 1}
+        if train.ema:
+            new["ema"] = averaged(state["ema"], params, state["step"], train.ema)
+        return new, metrics
 
     return jax.jit(step, donate_argnums=0)
 
