@@ -102,7 +102,9 @@ def _forward(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, until: jax.Ar
     return out, (q, k, v, until, *out)
 
 
-def _backward(plan: Plan, kept: Any, given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+def _backward(
+    plan: Plan, kept: Any, given: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, until, read, total = kept
     batch, heads, length, size = q.shape
     d_read, d_total = given
@@ -203,7 +205,17 @@ def _readable(plan: Plan, i: Any, j: Any, until: jax.Array, axis: int) -> jax.Ar
 
 
 def _forward_kernel(
-    plan: Plan, ends: Any, q: Any, k: Any, v: Any, until: Any, read: Any, total: Any, highest: Any, summed: Any, acc: Any
+    plan: Plan,
+    ends: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    until: Any,
+    read: Any,
+    total: Any,
+    highest: Any,
+    summed: Any,
+    acc: Any,
 ) -> None:
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
