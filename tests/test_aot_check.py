@@ -99,6 +99,10 @@ def test_bytes_by_hand() -> None:
     assert costs.packed(2, 32, 65).moved == weights + 64 * cache + 2 * head
     assert costs.blocks(2, 32, 5, 3, 100).moved == 5 * (weights + 64 * cache + 2 * head)
     assert costs.blocks(2, 32, 5, 3, 100).scores == 5 * 2 * 4 * 3 * 4 * 6 * 100 * 132
+    fused = Costs(ARCH, 384, fused=True)
+    assert fused.packed(2, 1024, 65).scores == fused.blocks(2, 384, 5, 3, 256).scores == 0
+    assert fused.read(2, 192).scores == costs.read(2, 192).scores > 0  # a length that the kernel does not take
+    assert fused.blocks(2, 192, 1, 3, 256).scores == 2 * 4 * 3 * 4 * 6 * 256 * 192  # the memory's part alone
     with pytest.raises(UserError, match="counted for decoders"):
         Costs(Architecture(kind="encoder"), 128)
 

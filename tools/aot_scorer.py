@@ -22,8 +22,10 @@ import numpy as np
 from instructrec_jax.config import MeshConfig, ModelConfig
 from instructrec_jax.errors import UserError
 from instructrec_jax.models.architecture import Architecture
+from instructrec_jax.models.attention import fuses
 from instructrec_jax.models.language_model import Sizes, abstract_params
 from instructrec_jax.models.sharding import padded
+from instructrec_jax.models.tree_attention import fits
 from instructrec_jax.scoring import Request, Scorer
 from instructrec_jax.scoring.forest import Forest
 from instructrec_jax.scoring.layout import Cost
@@ -57,7 +59,7 @@ class Count(NamedTuple):
 
     operations: float
     moved: float  # bytes between memory and chip, at least
-    scores: float  # bytes of attention scores, written and read once, which only a fused kernel keeps on the chip
+    scores: float  # bytes of attention scores that are written and read once: the kernel keeps its own on the chip
 
 
 @dataclass
@@ -86,11 +88,14 @@ class Costs:
 
     *Bytes* are a lower bound: each pass over the layers reads their weights once, each chunk reads the word head once, in bfloat16; a
     prompt's keys and values are written once, and read by each pass that continues them. Nothing of this stays on the chip in between.
-    Activations and logits are not counted. *Scores* are apart: the reference attention has them in float32, ``[B, K, S, G, T]``.
+    Activations and logits are not counted. *Scores* are apart: the reference attention has them in float32, ``[B, K, S, G, T]``; where
+    the kernel takes its place (``fused``, and lengths that it takes) there are none, and it computes less than is counted: blocks of
+    pairs that the mask hides are skipped.
     """
 
     arch: Architecture
     vocab: int
+    fused: bool = False
 
     def __post_init__(self) -> None:
         if self.arch.kind != "decoder":
@@ -117,6 +122,8 @@ class Costs:
 
     def _scores(self, rows: int, queries: int, keys: int) -> float:
         """Bytes of attention scores, written and read."""
+        if self.fused and fits(queries, keys):
+            return 0.0
         a = self.arch
         return 2.0 * 4 * a.layers * a.heads * rows * queries * keys
 
@@ -138,7 +145,8 @@ class Costs:
         head, table = self._head(rows, block, block)
         layers = self._layers(rows, block, size + block)
         moved = self._weights() + self._cache(prompts * size) + table
-        return Count(rounds * (layers + head), rounds * moved, rounds * self._scores(rows, block, size + block))
+        scores = self._scores(rows, block, block) + self._scores(prompts, group * block, size)
+        return Count(rounds * (layers + head), rounds * moved, rounds * scores)
 
 
 def needed(arch: Architecture, vocab: int, prompt: int, forest: Forest) -> float:
@@ -262,7 +270,9 @@ def scorer_on(
             options, arch, sizes, params, content, work.items, cast(Any, None), [], rows=work.rows,
             max_prompt=max(work.prefix, 1), max_candidate=max(work.tokens, 1),
         )  # fmt: skip
-        compiler = Compiler(scorer.runner.kernel, mesh, Costs(arch, sizes.vocab), progress)
+        plain = not (arch.window or arch.attention_softcap or arch.positions == "relative")
+        costs = Costs(arch, sizes.vocab, plain and fuses(options.attention))
+        compiler = Compiler(scorer.runner.kernel, mesh, costs, progress)
         scorer.runner.kernel = cast(Any, compiler)
         yield scorer, compiler
 

@@ -45,6 +45,7 @@ class Block(nn.Module):
                 row's own), ``cross`` (the same of the encoder's output) and ``local`` (whether the layer has the window), each optional.
             shared: what all layers read: ``mask``, ``bias``, ``angles``, ``past_mask``, ``past_bias``, with ``local_mask``,
                 ``local_angles`` and ``local_past_mask`` for layers with the window; ``encoded`` and ``cross_mask`` for cross-attention.
+                Masks are ``attention.Mask``.
 
         Returns:
             The residual stream, and keys and values ``[B, S, K, H]`` of the new positions (``self``) and of the encoder (``cross``).
@@ -70,6 +71,7 @@ class Block(nn.Module):
                 bias=shared.get("bias"),
                 scale=a.query_scale,
                 softcap=a.attention_softcap,
+                path=self.options.attention,
             )
             x = self._add(x, self._out(heads, "output"), "attention")
         if a.kind == "encoder-decoder" and self.decoder:
