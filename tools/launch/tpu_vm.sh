@@ -187,11 +187,10 @@ count_restart() {
 
 # Have the TPUs again if they were taken away, and the same command on them.
 again() {
-  count_restart
   until wait_active; do
+    count_restart
     remove
     request
-    count_restart
   done
   on all all stop || true # of a slice that stayed while another one was replaced; fresh machines have no worker.sh
   install
@@ -217,7 +216,12 @@ watch() {
           "tpu_vm.sh logs $name ${where[*]-} shows why; then run it again, or tpu_vm.sh delete: the TPUs still cost"
         ;;
       # A preempted worker ends the command everywhere before the state says so: look twice.
-      ACTIVE,*) [ "$now $seen" != "$before" ] || again ;;
+      ACTIVE,*)
+        if [ "$now $seen" = "$before" ]; then
+          count_restart
+          again
+        fi
+        ;;
       *) again ;;
     esac
     before="$now $seen"
