@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -314,6 +315,33 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
         cwd=REPO, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------- container
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "hadolint"), "--no-color", "Dockerfile"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
+
+
+def test_the_dockerfile_copies_what_there_is_and_installs_extras_that_exist() -> None:
+    text = (REPO / "Dockerfile").read_text()
+    copied = [
+        word for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.M) for word in line.split() if word[0] != "-"
+    ]
+    ignored = (REPO / ".dockerignore").read_text().splitlines()
+    assert {"pyproject.toml", "instructrec_jax", "configs"} < set(copied)
+    assert all((REPO / name).exists() and f"!{name}" in ignored for name in copied)
+    extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    variants = dict(re.findall(r"^ +(\w+)\) extras=([\w,]+) ;;", text, re.M))
+    assert set(variants) == {"tpu", "cuda", "cpu"}
+    assert {extra for names in variants.values() for extra in names.split(",")} <= set(extras)
 
 
 # ------------------------------------------------------------------------------------------------- the worker, for real
