@@ -101,7 +101,7 @@ case $action in
     run docker push "$image"
     ;;
   run)
-    # exec: SIGTERM reaches the command itself, not a shell around it, and its last checkpoint has two minutes.
+    # exec: SIGTERM reaches the command itself, not a shell around it. A run that is stopped has two minutes for its checkpoint.
     on_cluster workload create --workload="$name" --docker-image="$image" --tpu-type="$accelerator" --num-slices="$slices" \
       --max-restarts="$max_restarts" --termination-grace-period-seconds=120 --command="exec $(quoted "${command[@]}")"
     ;;

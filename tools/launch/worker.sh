@@ -25,7 +25,7 @@ case ${1:-} in
   install)
     # The images' own Python is older than the package needs, so uv brings one. --clear: nothing of an older install stays.
     command -v uv >/dev/null || export PATH=$HOME/.local/bin:$PATH
-    command -v uv >/dev/null || python3 -m pip install --quiet --user uv
+    command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
     uv venv --quiet --clear --python 3.12 venv
     uv pip install --quiet --python venv/bin/python "$2[$3]"
     venv/bin/python -c 'import importlib.metadata as m; print("installed: jax", m.version("jax"), "instructrec_jax", m.version("instructrec_jax"))'
