@@ -1,109 +1,20 @@
-"""The launchers of tools/launch, against programs that only write down how they were called and play the cloud's states."""
+"""The launchers of tools/launch: what they call, in which order, and what they do when a cloud takes its machines back."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import tomllib
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).parent.parent
-LAUNCH = REPO / "tools" / "launch"
-SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+from tests.cloud import LAUNCH, REPO, Cloud
+
 STATUS = "worker.sh status"
 COMMAND = ["instructrec", "train", "configs/ml_1m.yaml", "--runs", "gs://bucket/it's mine", "--train.steps", "400"]
-
-# Writes down its arguments. What it prints and its exit status come from a queue for calls that hold the key; the last one stays.
-FAKE = """#!{python}
-import fcntl, json, pathlib, sys
-folder = pathlib.Path({folder!r})
-line = [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
-with open(folder / "calls.jsonl", "a") as calls:
-    fcntl.flock(calls, fcntl.LOCK_EX)
-    calls.write(json.dumps(line) + "\\n")
-    answers = json.loads((folder / "answers.json").read_text())
-    for key, queue in answers.items():
-        if key in " ".join(line):
-            text, code = queue.pop(0) if len(queue) > 1 else queue[0]
-            (folder / "answers.json").write_text(json.dumps(answers))
-            print(text)
-            sys.exit(code)
-"""
-
-
-@dataclass
-class Cloud:
-    """A PATH with fakes in front, and what was called."""
-
-    folder: Path
-    path: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        programs = self.folder / "bin"
-        programs.mkdir()
-        for name in ("gcloud", "xpk", "kubectl", "sbatch", "docker", "uv"):
-            program = programs / name
-            program.write_text(FAKE.format(python=sys.executable, folder=str(self.folder)))
-            program.chmod(0o755)
-        self.path = f"{programs}:/usr/bin:/bin"
-        self.play()
-
-    def play(self, answers: dict[str, list[str | tuple[str, int]]] | None = None) -> None:
-        """Answers in order, text or (text, exit status), for calls that hold a key; all else succeeds silently."""
-        queues = {k: [a if isinstance(a, tuple) else (a, 0) for a in queue] for k, queue in (answers or {}).items()}
-        (self.folder / "answers.json").write_text(json.dumps(queues))
-        (self.folder / "calls.jsonl").write_text("")
-
-    @property
-    def calls(self) -> list[list[str]]:
-        return [json.loads(line) for line in (self.folder / "calls.jsonl").read_text().splitlines()]
-
-    def actions(self) -> list[str]:
-        """The calls of gcloud in short: the verb of queued-resources, and for ssh what it does on the workers."""
-        short = []
-        for call in self.calls:
-            if call[:4] != ["gcloud", "compute", "tpus", "queued-resources"]:
-                continue
-            command = next((word.split() for word in call if word.startswith("--command=")), [])
-            short.append(" ".join([call[4], *(command[2:3] if "instructrec/worker.sh" in command else [])]))
-        return short
-
-    def run(self, script: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        # A copy of the tools alone: the repository's own .venv, which the scripts look into first, is not there.
-        repo = self.folder / "repo"
-        if not repo.exists():
-            shutil.copytree(LAUNCH, repo / "tools" / "launch")
-            (repo / "configs").mkdir()
-            (repo / "instructrec_jax").mkdir()
-            shutil.copy(REPO / "instructrec_jax" / "__init__.py", repo / "instructrec_jax")
-        done = subprocess.run(
-            ["bash", str(repo / "tools" / "launch" / script), *arguments],
-            env={"PATH": self.path, "HOME": str(self.folder)},
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done
-
-    def dry(self, script: str, *arguments: str) -> list[list[str]]:
-        """The printed commands as a shell reads them; nothing was called."""
-        before = self.calls
-        end = arguments.index("--") if "--" in arguments else len(arguments)
-        printed = self.run(script, *arguments[:end], "--dry-run", *arguments[end:])
-        assert self.calls == before
-        return [shlex.split(line) for line in printed.stdout.splitlines()]
 
 
 @pytest.fixture
@@ -308,7 +219,7 @@ def test_help_names_every_option(cloud: Cloud, script: str) -> None:
     assert not text.startswith("#") and "set -euo" not in text and not cloud.calls
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")]), ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(script: Path) -> None:
     done = subprocess.run(
         [str(Path(sys.executable).parent / "shellcheck"), "--external-sources", "--source-path", str(REPO), str(script)],
@@ -317,92 +228,8 @@ def test_shellcheck_finds_nothing(script: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# ---------------------------------------------------------------------------------------------------------- container
-
-
-def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / "hadolint"), "--no-color", "Dockerfile"],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
-
-
-def test_the_dockerfile_copies_what_there_is_and_installs_extras_that_exist() -> None:
-    text = (REPO / "Dockerfile").read_text()
-    copied = [
-        word for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.M) for word in line.split() if word[0] != "-"
-    ]
-    ignored = (REPO / ".dockerignore").read_text().splitlines()
-    assert {"pyproject.toml", "instructrec_jax", "configs"} < set(copied)
-    assert all((REPO / name).exists() and f"!{name}" in ignored for name in copied)
-    extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    variants = dict(re.findall(r"^ +(\w+)\) extras=([\w,]+) ;;", text, re.M))
-    assert set(variants) == {"tpu", "cuda", "cpu"}
-    assert {extra for names in variants.values() for extra in names.split(",")} <= set(extras)
-
-
-# ------------------------------------------------------------------------------------------------- the worker, for real
-
-
-class Worker:
-    """worker.sh in a folder of its own, as on a pod's machine."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "instructrec"
-        self.folder.mkdir()
-        shutil.copy(LAUNCH / "worker.sh", self.folder)
-
-    def __call__(self, *arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            ["bash", str(self.folder / "worker.sh"), *arguments], capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == code, done.stderr
-        return done.stdout.strip() or done.stderr.strip()
-
-    def wait(self, status: str) -> None:
-        for _ in range(200):
-            if self("status") == status:
-                return
-            time.sleep(0.05)
-        raise AssertionError(f"{self('status')}, not {status}: {self.log}")
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "run.log").read_text()
-
-
-@pytest.fixture
-def worker(tmp_path: Path) -> Worker:
-    return Worker(tmp_path)
-
-
-def test_a_worker_runs_one_command_and_keeps_its_status(worker: Worker) -> None:
-    assert worker("status") == "absent"
-    worker("start", sys.executable, "-c", "print('a  b', flush=True); raise SystemExit(7)")
-    worker.wait("exited 7")
-    assert "a  b" in worker.log
-    worker("start", "true")
-    worker.wait("exited 0")
-    assert worker.log.count("== 20") == 2
-
-
-SAVES = "trap 'sleep 0.3; echo saved; exit 143' TERM; echo up; while :; do sleep 0.05; done"
-
-
-def test_stop_lets_the_command_save(worker: Worker) -> None:
-    worker("start", "bash", "-c", SAVES)
-    while "up" not in worker.log:
-        time.sleep(0.02)
-    assert "already running" in worker("start", "true", code=2)
-    assert worker("stop") == "exited 143"
-    assert "saved" in worker.log
-
-
-def test_a_killed_machine_is_seen(worker: Worker) -> None:
-    worker("start", "sleep", "60")
-    worker.wait("running")
-    os.killpg(int((worker.folder / "run.pid").read_text()), signal.SIGKILL)
-    worker.wait("lost")
+def test_silence_is_borne_longer_than_a_bad_answer(cloud: Cloud) -> None:
+    cloud.play({"describe": ["ACTIVE"], STATUS: [*[("", 255)] * 4, "running", *[("", 255)] * 5, "exited 0"]})
+    cloud.run("tpu_vm.sh", "watch", *POD, "--", *COMMAND)
+    assert cloud.actions().count("ssh start") == 1
+    assert cloud.actions().index("ssh start") > [i for i, a in enumerate(cloud.actions()) if a == "ssh status"][9]

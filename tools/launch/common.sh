@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launchers share: errors with a remedy, commands that --dry-run prints instead of running. Works with bash 3.2 (macOS) too.
+# What the launchers share: errors with a remedy, commands that --dry-run prints instead of running. Keeps to bash 3.2 (macOS).
 
 DRY_RUN=
 PATH=$REPO/.venv/bin:$PATH # uv and xpk, where `make setup` or pip put them

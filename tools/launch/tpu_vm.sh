@@ -199,14 +199,14 @@ again() {
 
 # Until the command has ended well on the first worker. What resumes loses only the steps since its last checkpoint.
 watch() {
-  local seen before=
+  local seen before='' odd=0
   while :; do
     look
     seen=
     [ "$now" != ACTIVE ] || seen=$(status || true)
     [ "$now $seen" = "$before" ] || say "$(date +%T) $name: $now${seen:+, $seen}"
     case $now,$seen in
-      ACTIVE,running) ;;
+      ACTIVE,running) odd=0 ;;
       'ACTIVE,exited 0')
         say "done. The TPUs still cost: tpu_vm.sh delete $name ${where[*]-}"
         return
@@ -215,14 +215,19 @@ watch() {
         fail "the command has ended with status ${seen#exited } on the first worker" \
           "tpu_vm.sh logs $name ${where[*]-} shows why; then run it again, or tpu_vm.sh delete: the TPUs still cost"
         ;;
-      # A preempted worker ends the command everywhere before the state says so: look twice.
       ACTIVE,*)
-        if [ "$now $seen" = "$before" ]; then
+        # A preempted worker ends the command everywhere before the state says so: look twice. No answer may be a bad line: five times.
+        odd=$((odd + 1))
+        if [ "$odd" -ge "$([ -n "$seen" ] && echo 2 || echo 5)" ]; then
           count_restart
           again
+          odd=0
         fi
         ;;
-      *) again ;;
+      *)
+        again
+        odd=0
+        ;;
     esac
     before="$now $seen"
     sleep "$poll"
