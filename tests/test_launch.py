@@ -233,3 +233,28 @@ def test_silence_is_borne_longer_than_a_bad_answer(cloud: Cloud) -> None:
     cloud.run("tpu_vm.sh", "watch", *POD, "--", *COMMAND)
     assert cloud.actions().count("ssh start") == 1
     assert cloud.actions().index("ssh start") > [i for i, a in enumerate(cloud.actions()) if a == "ssh status"][9]
+
+
+def test_fresh_machines_may_need_a_minute_for_ssh(cloud: Cloud) -> None:
+    cloud.play({"describe": ["ACTIVE"], "mkdir": [("publickey", 255), ("publickey", 255), ""], STATUS: ["exited 0"]})
+    cloud.run("tpu_vm.sh", "up", *POD, "--", *COMMAND)
+    assert cloud.actions()[2:8] == ["ssh", "ssh", "ssh", "scp", "ssh install", "ssh start"]
+
+
+def test_an_installation_that_fails_at_first_ends_the_launch(cloud: Cloud) -> None:
+    cloud.play({"describe": ["ACTIVE"], " scp ": [("", 1)]})
+    cloud.run("tpu_vm.sh", "up", *POD, "--", *COMMAND, code=1)
+    assert cloud.actions()[-1] == "scp"
+
+
+def test_a_pod_that_is_taken_away_during_the_installation_is_requested_again(cloud: Cloud) -> None:
+    cloud.play(
+        {
+            "describe": ["SUSPENDED", "SUSPENDED", "ACTIVE", "SUSPENDED", "SUSPENDED", "ACTIVE"],
+            " scp ": [("", 1), ""],
+            STATUS: ["running", "exited 0"],
+        }
+    )
+    done = cloud.run("tpu_vm.sh", "watch", *POD, "--", *COMMAND)
+    assert "could not be started" in done.stdout
+    assert cloud.actions().count("create") == 2 and cloud.actions().count("ssh start") == 1

@@ -169,11 +169,17 @@ create() {
     "gcloud compute tpus queued-resources describe $name ${where[*]-} says why (quota, capacity, wrong zone); then tpu_vm.sh delete $name"
 }
 
+# Status 1 if a step failed; && because `set -e` is off where a caller asks for the status.
 install() {
-  queued_resources ssh "$name" --node=all --worker=all ${internal:+--tunnel-through-iap} --command='mkdir -p instructrec'
+  local tries=1
+  until queued_resources ssh "$name" --node=all --worker=all ${internal:+--tunnel-through-iap} --command='mkdir -p instructrec'; do
+    [ "$tries" -lt 5 ] || return 1 # fresh machines take a minute to know the key
+    tries=$((tries + 1))
+    sleep "$poll"
+  done
   queued_resources scp "$wheel" "$REPO/tools/launch/worker.sh" "${copies[@]}" "$name:instructrec/" --recurse \
-    --node=all --worker=all ${internal:+--tunnel-through-iap}
-  on all all install "$(basename "$wheel")" "$extras"
+    --node=all --worker=all ${internal:+--tunnel-through-iap} \
+    && on all all install "$(basename "$wheel")" "$extras"
 }
 
 start() {
@@ -193,8 +199,7 @@ again() {
     request
   done
   on all all stop || true # of a slice that stayed while another one was replaced; fresh machines have no worker.sh
-  install
-  start
+  { install && start; } || say "$(date +%T) $name: the command could not be started" # taken away again? the next look tells
 }
 
 # Until the command has ended well on the first worker. What resumes loses only the steps since its last checkpoint.
