@@ -1,0 +1,77 @@
+"""Flags of the compiler that matter, in one place: ``hosts.start`` applies them where the user has not set them otherwise."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import MutableMapping
+
+MIB = 2**20
+
+# After NVIDIA's guide for language models (JAX-Toolbox, docs/GPU_performance.md). Their gain was not measured by this project.
+GPU = {
+    # Collectives start early and compute runs meanwhile; without it a gather of weights stands between two layers.
+    "xla_gpu_enable_latency_hiding_scheduler": "true",
+    # In the loop over layers, the next layer's weights are gathered and the last one's gradients sent during this layer.
+    "xla_gpu_enable_pipelined_all_gather": "true",
+    "xla_gpu_enable_pipelined_reduce_scatter": "true",
+    "xla_gpu_enable_pipelined_all_reduce": "true",
+    # One collective for a layer instead of one for each matrix: at least a layer's bytes (31 MB for Qwen3-0.6B in
+    # bfloat16), and not many more, since they are all in memory at once.
+    "xla_gpu_all_gather_combine_threshold_bytes": str(128 * MIB),
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": str(128 * MIB),
+    "xla_gpu_all_reduce_combine_threshold_bytes": str(128 * MIB),
+}
+
+# Nothing is here for speed: with the flags that others set for asynchronous collectives (xla_tpu_enable_async_collective_fusion*,
+# xla_tpu_overlap_compute_collective_tc, xla_enable_async_all_gather, xla_tpu_enable_data_parallel_all_reduce_opt) libtpu 0.0.52
+# compiles a sharded loop over layers to the same program, on one v5e slice and on two.
+TPU = {
+    # libtpu 0.0.42 (with jax 0.10.2) moves the sum over devices out of the loop that accumulates an embedding's gradient, and the
+    # result is wrong on a sharded table (github.com/openxla/xla/issues/49143). From 0.0.52 on it stays inside by itself.
+    "xla_disable_hlo_passes": "while-loop-all-reduce-code-motion",
+}
+
+FLAGS = {"gpu": GPU, "tpu": TPU}
+PLUGINS = {
+    "tpu": ("libtpu",),
+    "gpu": ("jax_cuda12_plugin", "jax_cuda13_plugin"),
+}  # in the order in which JAX prefers them
+# A process that reads a flag its jaxlib does not know ends at once. So versions that were not tried get none.
+TRIED = ((0, 10), (0, 12))
+
+
+def apply(platform: str | None = None, environ: MutableMapping[str, str] = os.environ) -> list[str]:
+    """Add the platform's flags to ``XLA_FLAGS``; to be called before JAX starts a backend. A second call adds nothing.
+
+    Args:
+        platform: "gpu", "tpu" or "cpu"; by default what JAX will choose.
+        environ: a flag that already stands in it keeps its value.
+
+    Returns:
+        The flags added, like ``--xla_gpu_enable_latency_hiding_scheduler=true``.
+    """
+    if not TRIED[0] <= _jaxlib() <= TRIED[1]:
+        return []
+    given = environ.get("XLA_FLAGS", "").split()
+    names = {flag.removeprefix("--").split("=")[0] for flag in given}
+    wanted = FLAGS.get(platform or accelerator(environ), {})
+    added = [f"--{name}={value}" for name, value in wanted.items() if name not in names]
+    if added:
+        environ["XLA_FLAGS"] = " ".join(given + added)
+    return added
+
+
+def accelerator(environ: MutableMapping[str, str] = os.environ) -> str:
+    """The platform that JAX will choose, "tpu", "gpu" or "cpu": by ``JAX_PLATFORMS`` and by the plugins that are installed."""
+    asked = environ.get("JAX_PLATFORMS", "").replace("cuda", "gpu")
+    for platform, plugins in PLUGINS.items():
+        if (not asked or platform in asked.split(",")) and any(importlib.util.find_spec(name) for name in plugins):
+            return platform
+    return "cpu"
+
+
+def _jaxlib() -> tuple[int, int]:
+    major, minor = importlib.metadata.version("jaxlib").split(".")[:2]
+    return int(major), int(minor)
