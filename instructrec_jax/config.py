@@ -189,6 +189,7 @@ class TrainConfig:
     item_loss_weight: float = 1.0
     text_loss_weight: float = 0.3
     logits_chunk: int = 16  # sequence positions whose logits exist at one time
+    vocab_tiles: int = 1  # parts of the word table, of which one is gathered at a time for the loss on words
     log_every: int = 25
     eval_every: int = 150  # validation NDCG@10, full ranking; the best step is kept
     eval_users: int = 2000  # at most this many validation users while training (a fixed sample)

@@ -70,6 +70,18 @@ def lookup(table: jax.Array, ids: jax.Array, out: P = RULES.act_bsd) -> jax.Arra
     return table.at[ids].get(out_sharding=out)
 
 
+def lookup_stored(table: jax.Array, ids: jax.Array, dtype: str) -> jax.Array:
+    """Rows ``[B, S, D]``, in ``dtype``, of a table ``[V, D]`` as it is stored: the table is never gathered.
+
+    Every device looks up its part of D for the ids of all devices along ``fsdp``, and the parts change places (an all-to-all): what
+    is moved is the rows alone. Their gradient comes back the same way, and is added up in the table's type.
+    """
+    replica, fsdp = "replica", "fsdp"
+    everywhere = jax.reshard(ids, P(replica, None))
+    part = table.at[everywhere].get(out_sharding=P(replica, None, fsdp)).astype(dtype)
+    return jax.reshard(part, RULES.act_bsd)
+
+
 def rows_by_index(x: jax.Array, order: jax.Array) -> jax.Array:
     """``x[b, order[b]]`` for each row: ``[B, S, ...]`` reordered along S, local to every shard of the batch."""
     return jax.vmap(lambda row, index: row.at[index].get())(x, order)

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from instructrec_jax.models.architecture import Architecture
-from instructrec_jax.models.language_model import Output, item_logits, word_log_prob
+from instructrec_jax.models.language_model import Output, item_logits
 from instructrec_jax.models.sharding import lookup, rows_by_index
+from instructrec_jax.training.tiles import table_scores
 
 NUM_TASKS = 8  # task numbers are 1-based and small; 0 is padding
 
@@ -30,13 +31,19 @@ class Sums(NamedTuple):
     task_count: Float[Array, " tasks"]
 
 
-def word_loss(out: Output, batch: dict[str, jax.Array], chunk: int, arch: Architecture) -> Sums:
-    """−log softmax(words)[target], summed over positions with a ``text_target`` (token id + 1; 0 = none)."""
+def word_loss(
+    out: Output, batch: dict[str, jax.Array], chunk: int, arch: Architecture, *, tiles: int = 1, learns: bool = True
+) -> Sums:
+    """−log softmax(words)[target], summed over positions with a ``text_target`` (token id + 1; 0 = none).
 
-    def nll(hidden: jax.Array, target: jax.Array) -> jax.Array:
-        return -word_log_prob(hidden, jnp.maximum(target - 1, 0), out, arch)
-
-    return _chunked(out.hidden, batch["text_target"], batch["task"], nll, chunk)
+    ``tiles`` and ``learns`` (the word head does): see ``training/tiles.py``.
+    """
+    hidden, target, task = _in_front(out.hidden, batch["text_target"], batch["task"])
+    scores = table_scores(
+        hidden, target, out.word_head, out.word_bias,
+        count=arch.vocab, softcap=arch.final_softcap, tiles=tiles, chunk=chunk, learns=learns,
+    )  # fmt: skip
+    return _sums(scores.normaliser - scores.chosen, target, task)
 
 
 def item_loss(out: Output, batch: dict[str, jax.Array], count: int, smoothing: float, chunk: int) -> Sums:
@@ -77,21 +84,12 @@ def _chunked(
         raise ValueError(f"train.sequence_length = {length} must be a multiple of train.logits_chunk = {chunk}")
 
     def compute(hidden: jax.Array, target: jax.Array, task: jax.Array) -> Sums:
-        weight = (target > 0).astype(jnp.float32)
-        loss = nll(hidden, target) * weight
-        by_task = (task[..., None] == jnp.arange(NUM_TASKS)).astype(jnp.float32)
-        return Sums(
-            loss.sum(),
-            weight.sum(),
-            jnp.einsum("bs,bst->t", loss, by_task, out_sharding=jax.P(None)),
-            jnp.einsum("bs,bst->t", weight, by_task, out_sharding=jax.P(None)),
-        )
+        return _sums(nll(hidden, target), target, task)
 
     if chunk == length:  # one chunk: nothing to skip, and the logits may as well be kept for the backward pass
         return compute(hidden, target, task)
 
-    order = jnp.argsort(target == 0, axis=1, stable=True)
-    parts = [rows_by_index(x, order) for x in (hidden, target, task)]
+    parts = _in_front(hidden, target, task)
     # Chunk axis first, for the scan.
     parts = [jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0) for x in parts]
 
@@ -105,6 +103,24 @@ def _chunked(
         return jax.tree.map(jnp.add, total, sums), None
 
     return jax.lax.scan(step, zero_sums(), tuple(parts))[0]
+
+
+def _in_front(hidden: jax.Array, target: jax.Array, task: jax.Array) -> list[jax.Array]:
+    """The positions of every row with those that have a target first."""
+    order = jnp.argsort(target == 0, axis=1, stable=True)
+    return [rows_by_index(x, order) for x in (hidden, target, task)]
+
+
+def _sums(nll: Float[Array, "B S"], target: Int[Array, "B S"], task: Int[Array, "B S"]) -> Sums:
+    weight = (target > 0).astype(jnp.float32)
+    loss = nll * weight
+    by_task = (task[..., None] == jnp.arange(NUM_TASKS)).astype(jnp.float32)
+    return Sums(
+        loss.sum(),
+        weight.sum(),
+        jnp.einsum("bs,bst->t", loss, by_task, out_sharding=jax.P(None)),
+        jnp.einsum("bs,bst->t", weight, by_task, out_sharding=jax.P(None)),
+    )
 
 
 def zero_sums() -> Sums:

@@ -80,9 +80,8 @@ def init_state(params: Tree, config: TrainConfig) -> State:
     """The state at step 0 of given trained parameters."""
     # Jitted, tx.init would put the moments on one device; eagerly they keep the parameters' sharding.
     opt = optimizer(config).init(params)
-    replicated = jax.NamedSharding(jax.sharding.get_mesh(), P())
-    opt = jax.tree.map(lambda x: jax.device_put(x, replicated) if x.ndim == 0 else x, opt)
-    return {"params": params, "opt": opt, "step": jax.device_put(jnp.int32(0), replicated)}
+    opt = jax.tree.map(lambda x: jax.reshard(x, P()) if x.ndim == 0 else x, opt)
+    return {"params": params, "opt": opt, "step": jax.reshard(jnp.int32(0), P())}
 
 
 def make_train_step(
@@ -97,13 +96,16 @@ def make_train_step(
     model = LanguageModel(arch, sizes, config.model, train=True)
     tx = optimizer(train)
     rate = schedule(train)
+    head = "words" if arch.tied_head else "word_head"
 
     def micro_loss(
         params: Tree, frozen: Tree, batch: Batch, content: Array, key: Array, totals: tuple[Array, Array]
     ) -> tuple[Array, Any]:
         out = apply(model, join(params, frozen), batch, content, rngs={"dropout": key})
         item = losses.item_loss(out, batch, num_items, train.label_smoothing, train.logits_chunk)
-        text = losses.word_loss(out, batch, train.logits_chunk, arch)
+        text = losses.word_loss(
+            out, batch, train.logits_chunk, arch, tiles=train.vocab_tiles, learns=head in params.get("params", {})
+        )
         loss = train.item_loss_weight * item.loss / totals[0] + train.text_loss_weight * text.loss / totals[1]
         return loss, {"item": item._asdict(), "text": text._asdict()}
 
