@@ -175,16 +175,22 @@ class TrainConfig:
     """Optimisation, logging and checkpoints. All lengths of time are in steps."""
 
     steps: int = 1500
+    optimizer: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"  # muon: the layers' matrices; adamw for the rest
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # after the warm-up; wsd: constant, then linear decay
     batch_size: int = 32  # B, packed rows per step over all devices
     sequence_length: int = 128  # S, tokens per packed row
     accumulate: int = 1  # micro-batches per step, combined by sums and weights
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     final_lr_fraction: float = 0.05
+    decay_fraction: float = 0.2  # wsd: share of the steps, at the end, in which the rate falls
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.98
+    momentum: float = 0.95  # muon
     clip_norm: float = 1.0
+    ema: float = 0.0  # decay per step of a running mean of the weights, which validation and export then take; 0 = none
+    z_loss: float = 0.0  # weight of the mean squared log normaliser of the word and item logits
     label_smoothing: float = 0.0  # over the catalogue, on the item loss
     item_loss_weight: float = 1.0
     text_loss_weight: float = 0.3

@@ -253,7 +253,8 @@ def trained(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Iterator[tu
                     f"{run_dir} has no complete checkpoint yet", remedy="run `instructrec train` on its config"
                 )
             trained_params, frozen = s.start()
-            params = adapters.join(checkpoints.restore_params(step, trained_params), frozen)
+            ema = bool(config.train.ema)
+            params = adapters.join(checkpoints.restore_params(step, trained_params, ema=ema), frozen)
         finally:
             checkpoints.close()
         yield s, params, step

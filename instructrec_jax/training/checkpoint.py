@@ -72,15 +72,16 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         return self._checkpointer.load_checkpointables(step, {"state": abstract, "loader": loader})["state"]
 
-    def restore_params(self, step: int, params: Any) -> Any:
-        """Only the parameters of a step: no optimiser state is read."""
+    def restore_params(self, step: int, params: Any, *, ema: bool = False) -> Any:
+        """Only the parameters of a step (``ema``: their running mean): no optimiser state is read."""
         from orbax.checkpoint import v1 as ocp
 
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
-            return self._checkpointer.load_checkpointables(step, {"state": {"params": abstract}})["state"]["params"]
+            name = "ema" if ema else "params"
+            return self._checkpointer.load_checkpointables(step, {"state": {name: abstract}})["state"][name]
 
     def wait(self) -> None:
         """Block until the save in progress is complete."""

@@ -24,7 +24,7 @@ from instructrec_jax.models.sharding import check_divides
 from instructrec_jax.training.checkpoint import Checkpoints, check_writable
 from instructrec_jax.training.log import MetricsFile, format_seconds, peak_flops, step_flops
 from instructrec_jax.training.mesh import mesh_sizes
-from instructrec_jax.training.step import State, init_state, make_train_step, put_batch
+from instructrec_jax.training.step import State, evaluated, init_state, make_train_step, put_batch
 
 Validate = Callable[[Any], dict[str, float]]  # params -> {"ndcg@10": ..., "hr@10": ...}
 
@@ -153,7 +153,7 @@ def train(
 
             if step % settings.eval_every == 0 or step == settings.steps:
                 begun = time.perf_counter()
-                best = validate(state["params"])
+                best = validate(evaluated(state))
                 metrics_file.write(
                     step, {f"valid_{k}": v for k, v in best.items()} | {"valid_seconds": time.perf_counter() - begun}
                 )

@@ -17,38 +17,11 @@ from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import LanguageModel, Sizes, apply, init_variables
 from instructrec_jax.models.sharding import BATCH
 from instructrec_jax.training import loss as losses
+from instructrec_jax.training.optimisers import optimizer, schedule
 
-State = dict[str, Any]  # {"params": what is trained, "opt": tree, "step": int32 scalar}
+State = dict[str, Any]  # {"params": what is trained, "opt": tree, "step": int32 scalar}, and "ema" like params if asked for
 Batch = dict[str, Array]  # every value [A, B/A, S]: A micro-batches
 BATCH_SPEC = P(None, BATCH, None)
-
-
-def schedule(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up, then cosine decay to ``final_lr_fraction``; defined for any number of steps."""
-    warmup = min(config.warmup_steps, max(config.steps // 2, 1))
-    return optax.warmup_cosine_decay_schedule(
-        0.0,
-        config.learning_rate,
-        warmup,
-        max(config.steps, warmup + 1),
-        config.learning_rate * config.final_lr_fraction,
-    )
-
-
-def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then AdamW; norms, biases, single vectors and DoRA's magnitudes are not decayed."""
-
-    def decayed(params: Any) -> Any:
-        def leaf(path: tuple, x: Any) -> bool:
-            name = jax.tree_util.keystr(path)
-            return not any(part in name for part in ("norm", "bias", "unknown_item", "magnitude"))
-
-        return jax.tree_util.tree_map_with_path(leaf, params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule(config), config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decayed),
-    )
 
 
 def init_model(
@@ -81,7 +54,20 @@ def init_state(params: Tree, config: TrainConfig) -> State:
     # Jitted, tx.init would put the moments on one device; eagerly they keep the parameters' sharding.
     opt = optimizer(config).init(params)
     opt = jax.tree.map(lambda x: jax.reshard(x, P()) if x.ndim == 0 else x, opt)
-    return {"params": params, "opt": opt, "step": jax.reshard(jnp.int32(0), P())}
+    state = {"params": params, "opt": opt, "step": jax.reshard(jnp.int32(0), P())}
+    # A copy: the step donates both.
+    return {**state, "ema": jax.tree.map(jnp.copy, params)} if config.ema else state
+
+
+def evaluated(state: State) -> Tree:
+    """What validation and export take: the running mean of the weights if there is one."""
+    return state.get("ema", state["params"])
+
+
+def averaged(ema: Tree, params: Tree, step: Int[Array, ""], decay: float) -> Tree:
+    """The running mean after ``step`` (from 0). It starts short, min(decay, (1 + t) / (10 + t)): the first weights are soon forgotten."""
+    now = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: old + (1 - now) * (new - old), ema, params)
 
 
 def make_train_step(
@@ -90,7 +76,8 @@ def make_train_step(
     """The jitted step ``(state, frozen, batch, content) -> (state, metrics)``; the state is donated.
 
     loss = w_item · Σ item_nll / Σ item targets + w_text · Σ text_nll / Σ text targets, where the denominators are counted over the
-    whole batch before the first micro-batch: accumulation gives the full-batch gradient, however targets are spread.
+    whole batch before the first micro-batch: accumulation gives the full-batch gradient, however targets are spread. With a z-loss
+    every nll has z · log² Z beside it, Z being the softmax's normaliser (PaLM, arXiv 2204.02311, section 5).
     """
     train = config.train
     model = LanguageModel(arch, sizes, config.model, train=True)
@@ -103,10 +90,10 @@ def make_train_step(
     ) -> tuple[Array, Any]:
         out = apply(model, join(params, frozen), batch, content, rngs={"dropout": key})
         item = losses.item_loss(out, batch, num_items, train.label_smoothing, train.logits_chunk)
-        text = losses.word_loss(
-            out, batch, train.logits_chunk, arch, tiles=train.vocab_tiles, learns=head in params.get("params", {})
-        )
-        loss = train.item_loss_weight * item.loss / totals[0] + train.text_loss_weight * text.loss / totals[1]
+        learns = head in params.get("params", {})
+        text = losses.word_loss(out, batch, train.logits_chunk, arch, tiles=train.vocab_tiles, learns=learns)
+        parts = (train.item_loss_weight, item, totals[0]), (train.text_loss_weight, text, totals[1])
+        loss = sum(weight * (part.loss + train.z_loss * part.z) / total for weight, part, total in parts)
         return loss, {"item": item._asdict(), "text": text._asdict()}
 
     def step(state: State, frozen: Tree, batch: Batch, content: Array) -> tuple[State, dict[str, Array]]:
@@ -139,7 +126,10 @@ def make_train_step(
             "useful_tokens": jnp.sum(batch["segment_ids"] > 0),
             **{f"{head}_{k}": v for head, part in sums.items() for k, v in part.items()},
         }
-        return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
+        new = {"params": params, "opt": opt, "step": state["step"] + 1}
+        if train.ema:
+            new["ema"] = averaged(state["ema"], params, state["step"], train.ema)
+        return new, metrics
 
     return jax.jit(step, donate_argnums=0)
 

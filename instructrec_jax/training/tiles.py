@@ -82,6 +82,10 @@ def table_scores(
         chunk: positions of every row whose logits exist at one time; divides S.
         learns: False where the table is frozen: its gradient is not computed.
     """
+    if target.shape[1] % chunk:
+        raise ValueError(
+            f"train.sequence_length = {target.shape[1]} must be a multiple of train.logits_chunk = {chunk}"
+        )
     plan = _Plan(count, softcap, tiles, min(chunk, target.shape[1]), learns)
     return Scores(*_scores(plan, hidden, target, jax.reshard(table, RULES.table_vd), bias))
 
