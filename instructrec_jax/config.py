@@ -168,6 +168,9 @@ class MeshConfig:
     replica: int = 1
     fsdp: int = -1
     tensor: int = 1
+    chips: str = (
+        ""  # like v5e-16: what `instructrec plan` and tools/aot_check.py assume; a run takes the devices that it finds
+    )
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,9 @@ class TrainConfig:
 
     steps: int = 1500
     optimizer: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"  # muon: the layers' matrices; adamw for the rest
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # after the warm-up; wsd: constant, then linear decay
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = (
+        "cosine"  # after the warm-up; wsd: constant, then linear decay
+    )
     batch_size: int = 32  # B, packed rows per step over all devices
     sequence_length: int = 128  # S, tokens per packed row
     accumulate: int = 1  # micro-batches per step, combined by sums and weights

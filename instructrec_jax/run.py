@@ -26,7 +26,7 @@ from instructrec_jax.models import adapters, architecture
 from instructrec_jax.models.adapters import Tree
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import Sizes
-from instructrec_jax.models.sharding import RULES, padded
+from instructrec_jax.models.sharding import RULES, check_divides, padded
 from instructrec_jax.scoring import Request, Scorer
 from instructrec_jax.training.checkpoint import Checkpoints
 from instructrec_jax.training.loop import Finished, train
@@ -136,6 +136,7 @@ def session(config: Config) -> Iterator[Session]:
         if config.model.uses_items:
             users = padded(len(prepared.users.names), 64) if prepared.users.names else 0
             sizes = Sizes(vocab, rows, users, features.shape[1])
+        check_divides(arch, mesh.shape, mesh.shape["replica"] * mesh.shape["fsdp"], sizes.tables)
         yield Session(
             config,
             prepared,

@@ -21,6 +21,11 @@ class Sizes(NamedTuple):
     features: int = 0  # user-feature rows
     content: int = 0  # width of the item features
 
+    @property
+    def tables(self) -> dict[str, int]:
+        """Rows of the tables, by name; all are sharded over ``tensor``."""
+        return {"words": self.vocab, "items": self.items, "user features": self.features}
+
 
 class Memory(NamedTuple):
     """What a model keeps of a prompt that it has read; every segment of a continuing row reads it.

@@ -7,6 +7,7 @@ the gradient flows back through the same reshard as a reduce-scatter.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,17 +88,26 @@ def rows_by_index(x: jax.Array, order: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, index: row.at[index].get())(x, order)
 
 
-def check_divides(model: Shape, sizes: dict[str, int], batch_size: int) -> None:
+def check_divides(
+    model: Shape, sizes: Mapping[str, int], batch_size: int, tables: Mapping[str, int] | None = None
+) -> None:
     """Refuse a plan that does not divide, naming axis, number and the nearest mesh size that works.
 
+    Args:
+        model: its dimensions.
+        sizes: of the mesh's axes.
+        batch_size: rows of a micro-batch.
+        tables: rows of the tables of words, items and user features, by name.
+
     Raises:
-        ConfigError: a model dimension or the batch does not divide by the mesh axis that shards it.
+        ConfigError: a model dimension, a table or the batch does not divide by the mesh axis that shards it.
     """
     fsdp, tensor = sizes["fsdp"], sizes["tensor"]
     demands = [
         ("model.width", model.width, "fsdp", fsdp),
         ("model.kv_heads", model.kv_heads, "tensor", tensor),
         ("model.mlp_width", model.mlp_width, "tensor", tensor),
+        *((f"the table of {name}", rows, "tensor", tensor) for name, rows in (tables or {}).items()),
         ("train.batch_size (per micro-batch)", batch_size, "replica x fsdp", sizes["replica"] * fsdp),
     ]
     for name, number, axis, size in demands:

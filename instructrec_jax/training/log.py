@@ -20,6 +20,7 @@ PEAKS = {
     "v5 lite": 197e12,
     "v5e": 197e12,
     "v5p": 459e12,
+    "tpu v5": 459e12,  # as JAX names it
     "v6": 918e12,
     "v4": 275e12,
     "h100": 989e12,

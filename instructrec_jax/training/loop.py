@@ -15,15 +15,14 @@ import numpy as np
 
 from instructrec_jax.config import Config, dump, to_dict
 from instructrec_jax.data.tokenise import TASKS
-from instructrec_jax.errors import ConfigError, UserError
+from instructrec_jax.errors import UserError
 from instructrec_jax.files import write_atomic, write_json
 from instructrec_jax.models.adapters import Tree
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import Sizes
-from instructrec_jax.models.sharding import check_divides
 from instructrec_jax.training.checkpoint import Checkpoints, check_writable
 from instructrec_jax.training.log import MetricsFile, format_seconds, peak_flops, step_flops
-from instructrec_jax.training.mesh import mesh_sizes
+from instructrec_jax.training.mesh import check_plan
 from instructrec_jax.training.step import State, evaluated, init_state, make_train_step, put_batch
 
 Validate = Callable[[Any], dict[str, float]]  # params -> {"ndcg@10": ..., "hr@10": ...}
@@ -93,16 +92,7 @@ def train(
     started = time.perf_counter()
 
     # --------------------------------------------------------------------------------------------------- check the plan
-    mesh = mesh_sizes(config.mesh, jax.device_count())
-    if settings.batch_size % settings.accumulate:
-        raise ConfigError(
-            f"train.batch_size = {settings.batch_size} does not divide into train.accumulate = {settings.accumulate} parts"
-        )
-    if settings.sequence_length % settings.logits_chunk:
-        raise ConfigError(
-            f"train.sequence_length = {settings.sequence_length} is not a multiple of train.logits_chunk = {settings.logits_chunk}"
-        )
-    check_divides(arch, mesh, settings.batch_size // settings.accumulate)
+    mesh = check_plan(config, arch, sizes, jax.device_count())
 
     # -------------------------------------------------------------------------------------- state: fresh, or the last saved
     state: State = init_state(trained, settings)

@@ -121,7 +121,9 @@ def matrices(inner: optax.GradientTransformation) -> optax.GradientTransformatio
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         new, state = inner.update(flat(updates), state, flat(params))
-        return jax.tree.map(lambda x, like: jax.lax.reshape(x, like.shape, out_sharding=_sharding(like)), new, updates), state
+        return jax.tree.map(
+            lambda x, like: jax.lax.reshape(x, like.shape, out_sharding=_sharding(like)), new, updates
+        ), state
 
     return optax.GradientTransformation(lambda params: inner.init(flat(params)), update)
 

@@ -19,7 +19,9 @@ from instructrec_jax.models.sharding import BATCH
 from instructrec_jax.training import loss as losses
 from instructrec_jax.training.optimisers import optimizer, schedule
 
-State = dict[str, Any]  # {"params": what is trained, "opt": tree, "step": int32 scalar}, and "ema" like params if asked for
+State = dict[
+    str, Any
+]  # {"params": what is trained, "opt": tree, "step": int32 scalar}, and "ema" like params if asked for
 Batch = dict[str, Array]  # every value [A, B/A, S]: A micro-batches
 BATCH_SPEC = P(None, BATCH, None)
 

@@ -82,11 +82,12 @@ def table_scores(
         chunk: positions of every row whose logits exist at one time; divides S.
         learns: False where the table is frozen: its gradient is not computed.
     """
+    chunk = min(chunk, target.shape[1])
     if target.shape[1] % chunk:
         raise ValueError(
             f"train.sequence_length = {target.shape[1]} must be a multiple of train.logits_chunk = {chunk}"
         )
-    plan = _Plan(count, softcap, tiles, min(chunk, target.shape[1]), learns)
+    plan = _Plan(count, softcap, tiles, chunk, learns)
     return Scores(*_scores(plan, hidden, target, jax.reshard(table, RULES.table_vd), bias))
 
 
