@@ -1,11 +1,11 @@
-"""Positions, masks and grouped-query attention; the reference path that runs everywhere."""
+"""Positions, masks and grouped-query attention: the reference that runs everywhere, and the kernel of ``tree_attention.py`` before it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from instructrec_jax.models.architecture import Rope
 from instructrec_jax.models.sharding import RULES
+from instructrec_jax.models.tree_attention import EVER, fits, tree_attention
 
 Angles = tuple[Float[Array, "B S H2"], Float[Array, "B S H2"]]  # cos, sin; H2 = H / 2
+# Who may read whom, in one of three forms: True where query s reads key t; trees' ``until`` (see ``tree_mask``), where queries and keys
+# are the same nodes; or True for keys that every query reads. The kernel takes the last two, whose dense form nobody builds for it.
+Mask = Bool[Array, "B S T"] | Int[Array, "B T"] | Bool[Array, "B T"]
+Path = Literal["auto", "reference", "fused"]
 
 
 def frequencies(rope: Rope, head_size: int) -> Float[Array, " H2"]:
@@ -71,9 +76,15 @@ def tree_mask(until: Int[Array, "B S"]) -> Bool[Array, "B S S"]:
     return (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] < until[:, None, :])
 
 
-def causal_segment_mask(segments: Int[Array, "B S"]) -> Bool[Array, "B S S"]:
-    """``segment_mask`` of a decoder."""
-    return segment_mask(segments, causal=True)
+def segment_ends(segments: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """``until`` of a decoder's packed rows: where the segment of each position ends, 0 for padding (segment 0).
+
+    A segment is one run of positions; then ``tree_mask`` of this is the causal ``segment_mask``.
+    """
+    length = segments.shape[1]
+    following = jnp.pad(segments[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    ends = jnp.where(segments != following, jnp.arange(1, length + 1, dtype=jnp.int32), length)
+    return jnp.where(segments > 0, jax.lax.cummin(ends, axis=1, reverse=True), 0)
 
 
 def memory_mask(segments: Int[Array, "B S"], real: Bool[Array, "B P"]) -> Bool[Array, "B S P"]:
@@ -115,33 +126,45 @@ class Past(NamedTuple):
 
     keys: Float[Array, "B P K H"]
     values: Float[Array, "B P K H"]
-    mask: Bool[Array, "B RS P"]
+    mask: Bool[Array, "B RS P"] | Bool[Array, "B P"]
     bias: Float[Array, "B K RS G P"] | None = None
+
+
+def fuses(path: Path) -> bool:
+    """Whether the kernel is used on the current mesh where it fits: "auto" = on TPUs; "fused" = elsewhere too, interpreted and slow."""
+    return path == "fused" or (path == "auto" and _platform() == "tpu")
 
 
 def attend(
     q: Float[Array, "B S K G H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    mask: Bool[Array, "B S T"],
+    mask: Mask,
     *,
     past: Sequence[Past] = (),
     bias: Float[Array, "B K S G T"] | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
+    path: Path = "reference",
 ) -> Float[Array, "B S K G H"]:
     """softmax(scale · q·k + bias) v with float32 softmax; ``scale`` None = H^-1/2.
 
     Each ``past`` stands beside the own keys: all are read apart and their softmaxes merged, so a cache is neither copied nor repeated.
-    Rows that may read nothing return the mean of v, and carry no loss. The backward pass computes the weights again: they are
-    [B, K, S, G, T], and storing them for all layers costs more time (and far more memory) than the product of q and k.
+    Rows that may read nothing return the mean of v (0 from the kernel), and carry no loss.
+
+    ``path`` (see ``fuses``) may choose the kernel. It leaves to the reference, silently and for each part of a call by itself: dense
+    masks (encoders, windows, cross-attention), a bias, a softcap, and lengths that are no multiples of 128 (decoding token by token).
+    The reference has weights ``[B, K, S, G, T]``; its backward pass computes them again: storing them for all layers costs more time (and
+    far more memory) than the product of q and k.
     """
     q = q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
     if not past:
+        if _fits(path, q, k, mask, bias, softcap):
+            return _fused(q, k, v, mask).read
         return jax.checkpoint(partial(_attend, softcap=softcap), prevent_cse=False)(q, k, v, mask, bias)
-    parts = [_part(q, k, v, mask, bias, softcap)]
+    parts = [_part(q, k, v, mask, bias, softcap, path)]
     for p in past:
-        part = _part(together(q, p.keys), p.keys, p.values, p.mask, p.bias, softcap)
+        part = _part(together(q, p.keys), p.keys, p.values, p.mask, p.bias, softcap, path)
         parts.append(jax.tree.map(lambda x: apart(x, q.shape[0]), part))
     highest = parts[0].highest
     for part in parts[1:]:
@@ -197,6 +220,16 @@ class _Part(NamedTuple):
     total: Float[Array, "B S K G"]
 
 
+# --------------------------------------------------------------------------------------------------------- the reference
+
+
+def _dense(mask: jax.Array) -> jax.Array:
+    """Any form of a mask as ``[B, S, T]``, or ``[B, 1, T]`` where queries do not differ."""
+    if mask.ndim == 3:
+        return mask
+    return mask[:, None, :] if mask.dtype == bool else tree_mask(mask)
+
+
 def _scores(q: jax.Array, k: jax.Array, mask: jax.Array, bias: jax.Array | None, softcap: float) -> jax.Array:
     # q comes to [B, K, S·G, H] inside: one plain batched matrix multiply per key/value head, keys are not repeated.
     batch, length = tuple(jax.typeof(q).sharding.spec)[:2]
@@ -206,7 +239,7 @@ def _scores(q: jax.Array, k: jax.Array, mask: jax.Array, bias: jax.Array | None,
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
-    return jnp.where(mask[:, None, :, None, :], scores, -1e30)
+    return jnp.where(_dense(mask)[:, None, :, None, :], scores, -1e30)
 
 
 def _read(weights: jax.Array, v: jax.Array) -> jax.Array:
@@ -220,10 +253,42 @@ def _attend(
     return _read(jax.nn.softmax(_scores(q, k, mask, bias, softcap), axis=-1).astype(v.dtype), v)
 
 
-def _part(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, bias: jax.Array | None, softcap: float) -> _Part:
+def _part(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, bias: jax.Array | None, softcap: float, path: Path
+) -> _Part:
+    if _fits(path, q, k, mask, bias, softcap):
+        return _fused(q, k, v, mask)
     scores = _scores(q, k, mask, bias, softcap)
     highest = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - highest[..., None])
     total = jnp.sum(weights, axis=-1)
     front = lambda x: jnp.transpose(x, (0, 2, 1, 3))  # noqa: E731
     return _Part(_read(weights.astype(v.dtype), v), front(highest), front(total))
+
+
+# ------------------------------------------------------------------------------------------------------------ the kernel
+
+
+def _platform() -> str | None:
+    """Of the current mesh's devices; None if it has none."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return None if device is None else device.platform
+
+
+def _fits(path: Path, q: jax.Array, k: jax.Array, mask: jax.Array, bias: jax.Array | None, softcap: float) -> bool:
+    if not fuses(path) or mask.ndim == 3 or bias is not None or softcap:
+        return False
+    return fits(jax.typeof(q).sharding.shard_shape(q.shape)[1], k.shape[1])
+
+
+def _fused(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> _Part:
+    memory = mask.dtype == bool
+    until = jnp.where(mask, EVER, 0) if memory else mask
+    # Keys of a memory stand before all queries.
+    kernel = partial(tree_attention, offset=k.shape[1] if memory else 0, interpret=_platform() != "tpu")
+    specs = tuple(jax.typeof(x).sharding.spec for x in (q, k, v, until))
+    # Each device has whole rows and heads of its own, and nothing to tell the others.
+    read, highest = jax.shard_map(
+        kernel, in_specs=specs, out_specs=(specs[0], P(*specs[0][:4])), check_vma=False
+    )(q, k, v, until)  # fmt: skip
+    return _Part(read, highest, jnp.ones_like(highest))

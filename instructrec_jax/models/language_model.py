@@ -172,11 +172,7 @@ class LanguageModel(nn.Module):
         """The decoder's (or the only encoder's) layers; with cross-attention returns both kinds of keys and values."""
         a, o = self.arch, self.options
         segments, positions = batch["segment_ids"], batch["positions"]
-        # A row is one chain of tokens per segment, or trees of them (scoring).
-        tree = batch.get("until")
-        shared: dict[str, Any] = {
-            "mask": attention.segment_mask(segments, a.causal) if tree is None else attention.tree_mask(tree)
-        }
+        shared: dict[str, Any] = {"mask": self._mask(batch)}
         own: dict[str, Any] = {}
         bias = self._relative("relative", bidirectional=not a.causal) if a.positions == "relative" else None
         if bias is not None:
@@ -189,26 +185,34 @@ class LanguageModel(nn.Module):
             shared["angles"] = attention.angles(positions, a.rope, a.head_size)
             if a.window and a.local_rope is not None:
                 shared["local_angles"] = attention.angles(positions, a.local_rope, a.head_size)
+
+        def remember(name: str, real: jax.Array, at: jax.Array) -> None:
+            query = attention.together(positions, at)
+            shared[f"{name}_mask"] = real
+            shared[f"{name}_bias"] = None if bias is None else bias(query, at)
+            if a.window:
+                everyone = attention.memory_mask(attention.together(segments, real), real)
+                shared[f"{name}_mask"] = everyone
+                shared[f"local_{name}_mask"] = everyone & attention.within_window(query, at, a.window)
+
         if memory is not None:
             own["past"] = memory.past
             if memory.cross is not None:
                 own["cross"] = memory.cross
-            query = attention.together(positions, memory.positions)
-            shared["past_mask"] = attention.memory_mask(attention.together(segments, memory.positions), memory.mask)
-            shared["past_bias"] = None if bias is None else bias(query, memory.positions)
-            if a.window:
-                near = attention.within_window(query, memory.positions, a.window)
-                shared["local_past_mask"] = shared["past_mask"] & near
+            remember("past", memory.mask, memory.positions)
             if memory.recent is not None:
                 own["recent"] = memory.recent
-                real, at = cast(jax.Array, memory.recent_mask), cast(jax.Array, memory.recent_positions)
-                shared["recent_mask"] = attention.memory_mask(segments, real)
-                shared["recent_bias"] = None if bias is None else bias(positions, at)
-                if a.window:
-                    near = attention.within_window(positions, at, a.window)
-                    shared["local_recent_mask"] = shared["recent_mask"] & near
+                remember("recent", cast(jax.Array, memory.recent_mask), cast(jax.Array, memory.recent_positions))
         x, kept = stack(a, o, self.train, a.layers, x, own, {**shared, **cross})
         return x, (kept["self"] if not cross else kept)
+
+    def _mask(self, batch: Batch) -> attention.Mask:
+        """A row is one chain of tokens per segment, or trees of them (scoring); dense where the kernel cannot do what is asked."""
+        a = self.arch
+        if "until" not in batch and a.kind != "decoder":  # an encoder-decoder's answers have gaps: their prompts
+            return attention.segment_mask(batch["segment_ids"], a.causal)
+        until = batch["until"] if "until" in batch else attention.segment_ends(batch["segment_ids"])
+        return attention.tree_mask(until) if a.window else until
 
     def _relative(
         self, name: str, *, bidirectional: bool
