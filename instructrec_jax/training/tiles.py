@@ -216,7 +216,8 @@ def _backward_local(
     given = (hidden, target, normaliser, by_chosen, by_normaliser)
     parts = tuple(_chunks(x, plan.chunk) for x in given)
 
-    def visit(by_hidden: jax.Array, number: jax.Array) -> tuple[jax.Array, tuple]:
+    def visit(so_far: tuple, number: jax.Array) -> tuple[tuple, None]:
+        by_hidden, by_table, by_bias = so_far
         tile = tile_of(number)
 
         def compute(so_far: tuple, by_h: jax.Array, h: jax.Array, wanted: jax.Array, total: jax.Array, *by: jax.Array):
@@ -229,31 +230,38 @@ def _backward_local(
                 by_logits = by_logits * (1 - (logits / plan.softcap) ** 2)
             narrow = by_logits.astype(hidden.dtype)
             by_h = by_h + jnp.einsum("bct,td->bcd", narrow, tile.rows, preferred_element_type=jnp.float32)
-            by_rows, by_bias = so_far
+            by_rows, by_part = so_far
             if by_rows is not None:
                 by_rows = by_rows + jnp.einsum("bct,bcd->td", narrow, h, preferred_element_type=jnp.float32)
-            if by_bias is not None:
-                by_bias = by_bias + jnp.sum(by_logits, axis=(0, 1))
-            return (by_rows, by_bias), by_h
+            if by_part is not None:
+                by_part = by_part + jnp.sum(by_logits, axis=(0, 1))
+            return (by_rows, by_part), by_h
 
         def chunk(so_far: tuple, part: tuple) -> tuple[tuple, jax.Array]:
-            by_h, *rest = part
-            return jax.lax.cond(jnp.any(rest[1] > 0), compute, lambda so_far, by_h, *_: (so_far, by_h), so_far, *part)
+            return jax.lax.cond(jnp.any(part[2] > 0), compute, lambda so_far, by_h, *_: (so_far, by_h), so_far, *part)
 
         start = (
             jnp.zeros(tile.rows.shape, jnp.float32) if plan.learns else None,
             None if bias is None else jnp.zeros(tile.rows.shape[0], jnp.float32),
         )
-        (by_rows, by_bias), by_hidden = jax.lax.scan(chunk, start, (by_hidden, *parts))
+        (by_rows, by_part), by_hidden = jax.lax.scan(chunk, start, (by_hidden, *parts))
+        first = number * tile.rows.shape[0]
         if by_rows is not None:
             by_rows = jax.lax.psum_scatter(by_rows, "fsdp", scatter_dimension=1, tiled=True)
-        return by_hidden, (by_rows, by_bias)
+            by_table = jax.lax.dynamic_update_slice_in_dim(by_table, by_rows, first, axis=0)
+        if by_part is not None:
+            by_bias = jax.lax.dynamic_update_slice_in_dim(by_bias, by_part, first, axis=0)
+        return (by_hidden, by_table, by_bias), None
 
-    zero = jnp.zeros(parts[0].shape, jnp.float32)
-    by_hidden, (by_rows, by_bias) = jax.lax.scan(visit, zero, jnp.arange(plan.tiles))
+    start = (
+        jnp.zeros(parts[0].shape, jnp.float32),
+        jnp.zeros(table.shape, jnp.float32) if plan.learns else None,
+        None if bias is None else jnp.zeros(bias.shape, jnp.float32),
+    )
+    (by_hidden, by_table, by_bias), _ = jax.lax.scan(visit, start, jnp.arange(plan.tiles))
     by_hidden = _joined(jax.lax.psum(by_hidden, "tensor")).astype(hidden.dtype)
-    if by_rows is not None:
-        by_rows = jax.lax.psum(by_rows.reshape(table.shape), "replica").astype(table.dtype)
+    if by_table is not None:
+        by_table = jax.lax.psum(by_table, "replica").astype(table.dtype)
     if by_bias is not None:
-        by_bias = jax.lax.psum(by_bias.reshape(-1), BATCH)
-    return by_hidden, by_rows, by_bias
+        by_bias = jax.lax.psum(by_bias, BATCH)
+    return by_hidden, by_table, by_bias
