@@ -12,7 +12,7 @@ import click
 
 from instructrec_jax import __version__
 from instructrec_jax.errors import UserError, did_you_mean
-from instructrec_jax.terminal import escape, print_result, print_statistics, progress
+from instructrec_jax.terminal import escape, print_batch, print_result, print_statistics, progress
 
 OVERRIDES = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 _OVERRIDES_HELP = "Any setting can be changed with a dotted option, e.g. --train.steps 400 --mesh.fsdp 8."
@@ -69,6 +69,20 @@ def data_prepare(config: str, overrides: tuple[str, ...]) -> None:
     print_statistics(prepared.manifest["statistics"])
 
 
+@data.command("show-batch", context_settings={**OVERRIDES, "show_default": True}, epilog=_OVERRIDES_HELP)
+@click.argument("config", type=click.Path())
+@click.option("--rows", type=click.IntRange(1), default=4, help="Rows to show.")
+@click.option("--step", type=click.IntRange(1), default=1, help="The batch of this training step.")
+@click.option("--html", type=click.Path(), help="Write it as a page too.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def data_show_batch(config: str, rows: int, step: int, html: str | None, overrides: tuple[str, ...]) -> None:
+    """Show a packed training batch of CONFIG: segments in colours, targets underlined, soft tokens in brackets."""
+    from instructrec_jax import config as configs
+    from instructrec_jax.samples import packed_batch
+
+    print_batch(packed_batch(configs.load(config, overrides), step), rows, html)
+
+
 @cli.command(context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
 @click.argument("config", type=click.Path())
 @click.option(
@@ -76,7 +90,11 @@ def data_prepare(config: str, overrides: tuple[str, ...]) -> None:
 )
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def train(config: str, run_dir: str | None, overrides: tuple[str, ...]) -> None:
-    """Train CONFIG on its prepared data. The same command resumes a run that was stopped or killed."""
+    """Train CONFIG on its prepared data. The same command resumes a run that was stopped or killed.
+
+    MFU (model FLOP utilisation) is analytic: operations of the weights and of causal attention (half of all pairs) over time and the
+    chips' published bf16 peak. "useful" leaves padding out, "raw" counts it.
+    """
     from instructrec_jax import config as configs
     from instructrec_jax import run
 

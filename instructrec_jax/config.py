@@ -154,7 +154,8 @@ class ModelConfig:
         ""  # folder, known name or hub id of an encoder (minilm-l6) for further item features; "" = none
     )
     scan_layers: bool = True
-    remat: Literal["none", "full", "dots"] = "none"
+    # What of a layer is kept for the backward pass, from all to its input alone; offload: dots in the host's memory (models/remat.py).
+    remat: Literal["none", "dots", "qkv", "attention", "full", "offload"] = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute; parameters are float32
 
 
@@ -176,7 +177,9 @@ class TrainConfig:
 
     steps: int = 1500
     optimizer: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"  # muon: the layers' matrices; adamw for the rest
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # after the warm-up; wsd: constant, then linear decay
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = (
+        "cosine"  # after the warm-up; wsd: constant, then linear decay
+    )
     batch_size: int = 32  # B, packed rows per step over all devices
     sequence_length: int = 128  # S, tokens per packed row
     accumulate: int = 1  # micro-batches per step, combined by sums and weights
@@ -203,7 +206,16 @@ class TrainConfig:
     eval_method: Literal["auto", "items", "likelihood"] = "auto"
     checkpoint_every: int = 150
     keep: int = 2  # latest checkpoints kept beside the best one
+    writers: tuple[str, ...] = ("tensorboard",)  # beside metrics.jsonl: tensorboard, wandb, mlflow, or a package's own
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A window of training steps that JAX's profiler traces into ``RUN_DIR/profile``."""
+
+    start: int = 10  # first step of the window, counted from the first of this call
+    steps: int = 0  # length of the window; 0 = none
 
 
 @dataclass(frozen=True)
@@ -233,6 +245,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
+    profile: ProfileConfig = ProfileConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def __post_init__(self) -> None:
@@ -257,7 +270,7 @@ class Config:
 
 def run_dir(config: Config) -> Path:
     """The folder of a config's run: the same settings give the same folder, so the same command resumes."""
-    tree = {k: v for k, v in to_dict(config).items() if k not in ("runs", "prepared", "evaluate", "mesh")}
+    tree = {k: v for k, v in to_dict(config).items() if k not in ("runs", "prepared", "evaluate", "mesh", "profile")}
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
     return Path(config.runs) / f"{config.name}-{digest[:8]}"
 

@@ -29,6 +29,7 @@ from instructrec_jax.models.language_model import Sizes
 from instructrec_jax.models.sharding import RULES, padded
 from instructrec_jax.scoring import Request, Scorer
 from instructrec_jax.training.checkpoint import Checkpoints
+from instructrec_jax.training.goodput import Ledger
 from instructrec_jax.training.loop import Finished, train
 from instructrec_jax.training.mesh import make_mesh
 from instructrec_jax.training.step import init_model
@@ -176,6 +177,7 @@ def _check_encoder_decoder(config: Config, arch: Architecture) -> None:
 
 def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
     """Train (or resume) a run of a prepared config."""
+    ledger = Ledger()
     with session(config) as s:
         valid = sample_cases(s.prepared.data.cases(VALID), config.train.eval_users, config.train.seed)
         if not len(valid):
@@ -225,6 +227,7 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
                 frozen=frozen,
                 num_items=s.prepared.data.num_items,
                 validate=validate,
+                ledger=ledger,
                 say=say,
             )
         finally:

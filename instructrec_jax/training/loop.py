@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +13,7 @@ import jax
 import numpy as np
 
 from instructrec_jax.config import Config, dump, to_dict
-from instructrec_jax.data.tokenise import TASKS
-from instructrec_jax.errors import ConfigError, UserError
+from instructrec_jax.errors import ConfigError
 from instructrec_jax.files import write_atomic, write_json
 from instructrec_jax.models.adapters import Tree
 from instructrec_jax.models.architecture import Architecture
@@ -23,8 +21,10 @@ from instructrec_jax.models.language_model import Sizes
 from instructrec_jax.models.sharding import check_divides
 from instructrec_jax.training.checkpoint import Checkpoints, check_writable
 from instructrec_jax.training.checks import check_embedding_gradients
-from instructrec_jax.training.log import MetricsFile, format_seconds, peak_flops, step_flops
+from instructrec_jax.training.goodput import Ledger
+from instructrec_jax.training.log import Metrics, Window, log_line, peak_flops
 from instructrec_jax.training.mesh import mesh_sizes
+from instructrec_jax.training.profile import Profiler
 from instructrec_jax.training.step import State, evaluated, init_state, make_train_step, put_batch
 
 Validate = Callable[[Any], dict[str, float]]  # params -> {"ndcg@10": ..., "hr@10": ...}
@@ -38,6 +38,11 @@ class Finished:
     best_step: int | None
     best: dict[str, float]
     stopped: bool  # True: SIGTERM or SIGINT; the same command resumes
+
+
+def busy(result: dict[str, jax.Array]) -> bool:
+    """Whether the devices are still at the step that gives ``result``: then nobody waits for a batch."""
+    return any(not value.is_ready() for value in result.values())
 
 
 class StopRequest:
@@ -70,6 +75,7 @@ def train(
     frozen: Tree,
     num_items: int,
     validate: Validate,
+    ledger: Ledger,
     say: Callable[[str], None],
 ) -> Finished:
     """Train until ``config.train.steps``, resuming from the run's last complete checkpoint.
@@ -85,13 +91,13 @@ def train(
         frozen: the others, which no checkpoint holds.
         num_items: real items.
         validate: metrics of given parameters on the validation split.
+        ledger: where the time goes, running since the call began.
         say: prints one line.
 
     Raises:
         UserError: a loss that is not finite (with the step window), a plan that does not divide, a folder that cannot be written.
     """
     settings = config.train
-    started = time.perf_counter()
 
     # --------------------------------------------------------------------------------------------------- check the plan
     mesh = mesh_sizes(config.mesh, jax.device_count())
@@ -129,135 +135,71 @@ def train(
 
     # ------------------------------------------------------------------------------------------------------ the train loop
     train_step = make_train_step(config, arch, sizes, num_items)
-    metrics_file = MetricsFile(run_dir, first)
+    ledger.resume(run_dir / "metrics.jsonl", first)
+    log = Metrics(run_dir, config, first)
+    profiler = Profiler(config.profile, run_dir)
     peak = peak_flops()
     stop = StopRequest()
     best: dict[str, float] = {}
     passes = 2 if fixed else 3
-    window = Window()
     step = saved = first
+    metrics: dict[str, jax.Array] = {}
+
+    def save(values: dict[str, float] | None) -> int:
+        with ledger("checkpoint"):
+            checkpoints.save(step, state, batches, to_dict(config), values)
+        log.write(step, ledger.values())
+        return step
+
     try:
-        while step < settings.steps and not stop.name:
-            waited = time.perf_counter()
-            batch = put_batch(next(batches), settings.accumulate)
-            window.waited += time.perf_counter() - waited
-            state, metrics = train_step(state, frozen, batch, content)
-            window.add(metrics)
-            step += 1
+        with ledger("step"):
+            window, started = Window(ledger), time.perf_counter()
+            while step < settings.steps and not stop.name:
+                waited = time.perf_counter()
+                batch = put_batch(next(batches), settings.accumulate)
+                if not busy(metrics):
+                    ledger.move(time.perf_counter() - waited, "step", "data")
+                with profiler.step(step + 1, metrics), ledger("step" if metrics else "compile"):
+                    state, metrics = train_step(state, frozen, batch, content)
+                window.add(metrics)
+                step += 1
 
-            if step % settings.log_every == 0 or step == settings.steps:
-                values = window.summary(step, config, arch, sizes, passes, peak)
-                metrics_file.write(step, values)
-                done = step - first
-                eta = (settings.steps - step) * (time.perf_counter() - started) / max(done, 1)
-                say(log_line(step, settings.steps, values, eta))
-                window = Window()
+                if step % settings.log_every == 0 or step == settings.steps:
+                    values = window.summary(step, config, arch, sizes, passes, peak)
+                    log.write(step, values | ledger.values())
+                    eta = (settings.steps - step) * (time.perf_counter() - started) / (step - first)
+                    say(log_line(step, settings.steps, values, eta))
+                    window = Window(ledger)
 
-            if step % settings.eval_every == 0 or step == settings.steps:
-                begun = time.perf_counter()
-                best = validate(evaluated(state))
-                metrics_file.write(
-                    step, {f"valid_{k}": v for k, v in best.items()} | {"valid_seconds": time.perf_counter() - begun}
-                )
-                say(f"step {step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in best.items()))
-                checkpoints.save(step, state, batches, to_dict(config), best)
-                saved = step
-                window.restart_clock()
-            elif step % settings.checkpoint_every == 0:
-                checkpoints.save(step, state, batches, to_dict(config), None)
-                saved = step
-        if stop.name and saved != step:
-            checkpoints.save(step, state, batches, to_dict(config), None)
+                if step % settings.eval_every == 0 or step == settings.steps:
+                    jax.block_until_ready(metrics)
+                    begun = time.perf_counter()
+                    with ledger("evaluate"):
+                        best = validate(evaluated(state))
+                    seconds = time.perf_counter() - begun
+                    log.write(step, {f"valid_{k}": v for k, v in best.items()} | {"valid_seconds": seconds})
+                    say(f"step {step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in best.items()))
+                    saved = save(best)
+                elif step % settings.checkpoint_every == 0:
+                    saved = save(None)
+            if stop.name and saved != step:
+                saved = save(None)
     finally:
         stop.release()
-        metrics_file.close()
-        checkpoints.wait()
+        profiler.close(metrics)
+        with ledger("checkpoint"):
+            checkpoints.wait()
+        log.write(saved, ledger.values())
+        log.close()
 
     # ------------------------------------------------------------------------------------------------------------- the end
     if stop.name:
         say(f"{stop.name}: saved step {step}; the same command continues from there")
     best_step = checkpoints.best()
     best = checkpoints.metrics(best_step) if best_step is not None else {}
-    seconds = time.perf_counter() - started
-    write_json(
-        run_dir / "finished.json", {"step": step, "best_step": best_step, "best": best, "seconds_this_call": seconds}
-    )
     checkpoints.close()
-    return Finished(step, best_step, best, bool(stop.name))
-
-
-class Window:
-    """Metrics of the steps since the last log line, kept on the device until they are printed."""
-
-    def __init__(self) -> None:
-        self._metrics: list[dict[str, jax.Array]] = []
-        self._began = time.perf_counter()
-        self.waited = 0.0
-
-    def add(self, metrics: dict[str, jax.Array]) -> None:
-        """Take one step's metrics without waiting for them."""
-        self._metrics.append(metrics)
-
-    def restart_clock(self) -> None:
-        """Leave validation out of the step time of a window that has no steps yet."""
-        if not self._metrics:
-            self._began = time.perf_counter()
-
-    def summary(
-        self, step: int, config: Config, arch: Architecture, sizes: Sizes, passes: int, peak: float
-    ) -> dict[str, float]:
-        """Means over the window, after checking that every step was finite."""
-        host = jax.device_get(self._metrics)
-        seconds = time.perf_counter() - self._began
-        loss = np.asarray([m["loss"] for m in host])
-        norm = np.asarray([m["grad_norm"] for m in host])
-        if not (np.isfinite(loss).all() and np.isfinite(norm).all()):
-            bad = step - len(host) + 1 + int(np.argmax(~(np.isfinite(loss) & np.isfinite(norm))))
-            raise UserError(
-                f"loss or gradient became NaN or infinite at step {bad} (window {step - len(host) + 1}..{step})",
-                remedy="resume from the last checkpoint with a lower train.learning_rate, or more train.warmup_steps",
-            )
-
-        def total(name: str) -> Any:
-            return sum(np.asarray(m[name], np.float64) for m in host)
-
-        tokens = float(total("useful_tokens"))
-        capacity = len(host) * config.train.batch_size * config.train.sequence_length
-        # The mean distance that attention covers within a row is not known here; half the row bounds it.
-        flops = step_flops(
-            arch,
-            sizes,
-            int(tokens),
-            config.train.sequence_length // 2,
-            float(total("item_count")),
-            float(total("text_count")),
-            passes,
-        )
-        values = {
-            "loss": float(loss.mean()),
-            "item_loss": float(total("item_loss") / max(total("item_count"), 1)),
-            "text_loss": float(total("text_loss") / max(total("text_count"), 1)),
-            "grad_norm": float(norm.mean()),
-            "learning_rate": float(host[-1]["learning_rate"]),
-            "step_seconds": seconds / len(host),
-            "tokens_per_second": tokens / seconds,
-            "useful_share": tokens / capacity,
-            "useful_mfu": flops / seconds / peak,
-            "input_stall": self.waited / seconds,
-        }
-        for head in ("item", "text"):
-            task_loss, task_count = total(f"{head}_task_loss"), total(f"{head}_task_count")
-            for number, task in enumerate(TASKS, start=1):
-                if task_count[number]:
-                    values[f"{head}_loss/{task}"] = float(task_loss[number] / task_count[number])
-        return {k: v for k, v in values.items() if math.isfinite(v)}
-
-
-def log_line(step: int, steps: int, values: dict[str, float], eta: float) -> str:
-    """The one line of a log step."""
-    return (
-        f"step {step:>6}/{steps} {100 * step / steps:3.0f}% | loss {values['loss']:.3f} (item {values['item_loss']:.3f}, "
-        f"text {values['text_loss']:.3f}) | lr {values['learning_rate']:.1e} | {1e3 * values['step_seconds']:.0f} ms/step | "
-        f"{values['tokens_per_second']:,.0f} tok/s | MFU {100 * values['useful_mfu']:.0f}% | "
-        f"input stall {100 * values['input_stall']:.1f}% | ETA {format_seconds(eta)}"
+    say(ledger.table())
+    write_json(
+        run_dir / "finished.json", {"step": step, "best_step": best_step, "best": best, "seconds": ledger.seconds()}
     )
+    return Finished(step, best_step, best, bool(stop.name))

@@ -148,6 +148,8 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(state["step"]),
             "useful_tokens": jnp.sum(batch["segment_ids"] > 0),
+            # Pairs that causal attention reads, for the FLOPs.
+            "attended": jnp.sum(jnp.where(batch["segment_ids"] > 0, batch["positions"] + 1, 0).astype(jnp.float32)),
             **{f"{head}_{k}": v for head, part in sums.items() for k, v in part.items()},
         }
         new = {"params": params, "opt": opt, "step": state["step"] + 1}
