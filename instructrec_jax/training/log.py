@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructrec_jax.files import write_atomic
+from instructrec_jax.files import GrowingCopy, in_bucket, write_atomic
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import Sizes
+from instructrec_jax.training import hosts
 
 # Dense bf16 peak of one chip in FLOP/s, as the vendors publish it; matched against jax.Device.device_kind.
 PEAKS = {
@@ -36,11 +37,19 @@ def format_seconds(seconds: float) -> str:
 
 
 class MetricsFile:
-    """``metrics.jsonl`` and TensorBoard events of one run. On resume, lines of steps that will be done again are dropped."""
+    """``metrics.jsonl`` and TensorBoard events of one run. On resume, lines of steps that will be done again are dropped.
+
+    The first process writes them. In a bucket no file can grow: there they are copies of local ones, at most a minute old.
+    """
 
     def __init__(self, folder: Path, resume_step: int):
+        self._writes = hosts.first()
+        if not self._writes:
+            return
         from tensorboardX import SummaryWriter
 
+        self._copy = GrowingCopy(folder) if in_bucket(folder) else None
+        folder = self._copy.local if self._copy else folder
         self._path = folder / "metrics.jsonl"
         kept = []
         if self._path.exists():
@@ -56,16 +65,24 @@ class MetricsFile:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One JSON line, and one scalar per number for TensorBoard."""
+        if not self._writes:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for key, value in values.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 self._board.add_scalar(key, value, step)
+        if self._copy:
+            self._copy.update()
 
     def close(self) -> None:
         """Flush and close both."""
+        if not self._writes:
+            return
         self._file.close()
         self._board.close()
+        if self._copy:
+            self._copy.close()
 
 
 def peak_flops() -> float:

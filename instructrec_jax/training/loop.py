@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,12 +20,14 @@ from instructrec_jax.models.adapters import Tree
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import Sizes
 from instructrec_jax.models.sharding import check_divides
+from instructrec_jax.training import hosts
 from instructrec_jax.training.checkpoint import Checkpoints, check_writable
 from instructrec_jax.training.log import MetricsFile, format_seconds, peak_flops, step_flops
 from instructrec_jax.training.mesh import mesh_sizes
 from instructrec_jax.training.step import State, init_state, make_train_step, put_batch
 
-Validate = Callable[[Any], dict[str, float]]  # params -> {"ndcg@10": ..., "hr@10": ...}
+# (params, what to call now and then) -> {"ndcg@10": ..., "hr@10": ...}
+Validate = Callable[[Any, Callable[[], None]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -36,25 +37,7 @@ class Finished:
     step: int
     best_step: int | None
     best: dict[str, float]
-    stopped: bool  # True: SIGTERM or SIGINT; the same command resumes
-
-
-class StopRequest:
-    """Remembers SIGTERM and SIGINT, so that the loop can save at a step boundary. A second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.name = ""
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def _handle(self, number: int, _frame: Any) -> None:
-        if self.name and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-
-    def release(self) -> None:
-        """Put the former handlers back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    stopped: bool  # True: SIGTERM, SIGINT or a preemption notice; the same command resumes
 
 
 def train(
@@ -83,14 +66,16 @@ def train(
         trained: parameters at step 0 that learn; the run's own, since their buffers are reused.
         frozen: the others, which no checkpoint holds.
         num_items: real items.
-        validate: metrics of given parameters on the validation split.
-        say: prints one line.
+        validate: metrics of given parameters on the validation split. It calls its second argument between batches, which raises
+            ``hosts.Stopped`` when the run is to stop.
+        say: prints one line; of several processes the first one speaks.
 
     Raises:
         UserError: a loss that is not finite (with the step window), a plan that does not divide, a folder that cannot be written.
     """
     settings = config.train
     started = time.perf_counter()
+    say = hosts.voice(say)
 
     # --------------------------------------------------------------------------------------------------- check the plan
     mesh = mesh_sizes(config.mesh, jax.device_count())
@@ -109,8 +94,9 @@ def train(
     del trained  # donated to the first step
     state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
     check_writable(run_dir, state_bytes * (settings.keep + 2))
-    write_atomic(run_dir / "config.yaml", dump(config))
-    checkpoints = Checkpoints(run_dir / "checkpoints", settings.keep)
+    if hosts.first():
+        write_atomic(run_dir / "config.yaml", dump(config))
+    checkpoints = Checkpoints(run_dir / "checkpoints", settings.keep, settings.keep_every, clean=True)
     parameters, fixed = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state["params"], frozen))
     say(
         f"{parameters:,} parameters learn{f', {fixed:,} are frozen' if fixed else ''}; {state_bytes / 1e6:.1f} MB of state; mesh {mesh}"
@@ -129,13 +115,34 @@ def train(
     train_step = make_train_step(config, arch, sizes, num_items)
     metrics_file = MetricsFile(run_dir, first)
     peak = peak_flops()
-    stop = StopRequest()
+    stop = hosts.StopRequest()
     best: dict[str, float] = {}
     passes = 2 if fixed else 3
     window = Window()
     step = saved = first
+
+    def due(step: int) -> bool:
+        return step > 0 and (step % settings.eval_every == 0 or step == settings.steps)
+
+    def validate_and_save() -> None:
+        nonlocal best, saved
+        begun = time.perf_counter()
+        try:
+            best = validate(state["params"], stop.leave)
+        except hosts.Stopped:
+            return  # the step is saved without metrics, and the run that resumes validates first
+        metrics_file.write(
+            step, {f"valid_{k}": v for k, v in best.items()} | {"valid_seconds": time.perf_counter() - begun}
+        )
+        say(f"step {step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in best.items()))
+        checkpoints.save(step, state, batches, to_dict(config), best)
+        saved = step
+        window.restart_clock()
+
     try:
-        while step < settings.steps and not stop.name:
+        if due(first) and not checkpoints.metrics(first):
+            validate_and_save()
+        while step < settings.steps and not stop.poll():
             waited = time.perf_counter()
             batch = put_batch(next(batches), settings.accumulate)
             window.waited += time.perf_counter() - waited
@@ -151,16 +158,8 @@ def train(
                 say(log_line(step, settings.steps, values, eta))
                 window = Window()
 
-            if step % settings.eval_every == 0 or step == settings.steps:
-                begun = time.perf_counter()
-                best = validate(state["params"])
-                metrics_file.write(
-                    step, {f"valid_{k}": v for k, v in best.items()} | {"valid_seconds": time.perf_counter() - begun}
-                )
-                say(f"step {step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in best.items()))
-                checkpoints.save(step, state, batches, to_dict(config), best)
-                saved = step
-                window.restart_clock()
+            if due(step):
+                validate_and_save()
             elif step % settings.checkpoint_every == 0:
                 checkpoints.save(step, state, batches, to_dict(config), None)
                 saved = step
@@ -177,9 +176,9 @@ def train(
     best_step = checkpoints.best()
     best = checkpoints.metrics(best_step) if best_step is not None else {}
     seconds = time.perf_counter() - started
-    write_json(
-        run_dir / "finished.json", {"step": step, "best_step": best_step, "best": best, "seconds_this_call": seconds}
-    )
+    if hosts.first():
+        end = {"step": step, "best_step": best_step, "best": best, "seconds_this_call": seconds}
+        write_json(run_dir / "finished.json", end)
     checkpoints.close()
     return Finished(step, best_step, best, bool(stop.name))
 
