@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ def cli() -> None:
     instructrec model fetch  smollm2-135m               a pretrained model, into the cache
     instructrec export       RUN_DIR OUT --to hf        weights for transformers, vLLM or PEFT
     """
+
+
+def _start(what: str = "", **options: bool) -> Callable[[str], None]:
+    """Join the other processes, if there are any, before JAX is used. ``what`` one process must do alone. Returns a voice for all."""
+    from instructrec_jax.training import hosts
+
+    hosts.start(**options)
+    if what:
+        hosts.alone(what)
+    return hosts.voice(click.echo)
 
 
 @cli.group(cls=Commands)
@@ -96,18 +107,21 @@ def train(config: str, run_dir: str | None, overrides: tuple[str, ...]) -> None:
     chips' published bf16 peak. "useful" leaves padding out, "raw" counts it.
     """
     from instructrec_jax import config as configs
-    from instructrec_jax import run
+    from instructrec_jax.files import path_of
 
     settings = configs.load(config, overrides)
-    folder = Path(run_dir) if run_dir else configs.run_dir(settings)
+    say = _start(preemption=True)
+    from instructrec_jax import run
+
+    folder = path_of(run_dir) if run_dir else configs.run_dir(settings)
     configs.check_same_run(settings, folder)
-    click.echo(f"run: {folder}")
-    finished = run.train_run(settings, folder, click.echo)
+    say(f"run: {folder}")
+    finished = run.train_run(settings, folder, say)
     if finished.best_step is not None and finished.best:
-        click.echo(f"best step {finished.best_step}: " + ", ".join(f"{k} {v:.4f}" for k, v in finished.best.items()))
+        say(f"best step {finished.best_step}: " + ", ".join(f"{k} {v:.4f}" for k, v in finished.best.items()))
     if finished.stopped:
         sys.exit(143)
-    click.echo(f"next: instructrec evaluate {folder}")
+    say(f"next: instructrec evaluate {folder}")
 
 
 @cli.command(context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
@@ -144,11 +158,13 @@ def evaluate(
     from instructrec_jax.data.schema import SPLIT_NAMES
     from instructrec_jax.evaluate import evaluate as evaluate_run
     from instructrec_jax.evaluate import summary_json
+    from instructrec_jax.training import hosts
 
     if auto_dir is not None and run_dir is not None and run_dir.startswith("--"):
         run_dir, overrides = None, (run_dir, *overrides)  # the first override took RUN_DIR's place
     if (run_dir is None) == (auto_dir is None):
         raise UserError("give either a RUN_DIR or --auto DIR")
+    say = _start("prepare, train and evaluate in one go" if auto_dir is not None else "")
     if auto_dir is not None:
         from instructrec_jax.auto import auto_run
 
@@ -163,7 +179,9 @@ def evaluate(
             click.echo(json.dumps(result.means()))
         return
     extra = ("--evaluate.protocol", protocol) if protocol else ()
-    payload = evaluate_run(run_dir, (*overrides, *extra), split=SPLIT_NAMES.index(split), say=click.echo)
+    payload = evaluate_run(run_dir, (*overrides, *extra), split=SPLIT_NAMES.index(split), say=say)
+    if not hosts.first():
+        return
     for part in ("next_item", "search", "likelihood"):
         if payload[part]:
             print_result(payload[part])
@@ -195,6 +213,7 @@ def recommend(
     as_json: bool,
 ) -> None:
     """Recommend for a user, known or new, with or without a wish."""
+    _start("recommend")
     from instructrec_jax.recommend import recommend as recommend_for
 
     answer = recommend_for(
@@ -253,6 +272,7 @@ def score(run_dir: str, requests: str, out: str, **options: Any) -> None:
 
     A line of the output is {"id", "candidates", "scores"}. Bad lines are reported, and written to OUT.errors.jsonl.
     """
+    _start("score a file")
     from instructrec_jax.score import score as score_file
 
     done = score_file(
@@ -284,6 +304,7 @@ def score(run_dir: str, requests: str, out: str, **options: Any) -> None:
 @click.option("--system", help="A system message, for a model with a chat template.")
 def generate(where: str, prompt: str, seed: int, system: str | None, **how: Any) -> None:
     """Let a run or a published model answer PROMPT in words."""
+    _start("answer one prompt")
     from instructrec_jax.generate import generate as answer
     from instructrec_jax.models.generate import Decoding
 
@@ -296,7 +317,7 @@ def report(run_dir: str) -> None:
     """Write one self-contained HTML file about a run: curves, tables, pictures, users."""
     from instructrec_jax.evaluation.report import write_report
 
-    click.echo(f"report: {write_report(Path(run_dir)).resolve()}")
+    click.echo(f"report: {write_report(run_dir)}")
 
 
 @cli.command("export", context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
@@ -314,6 +335,7 @@ def report(run_dir: str) -> None:
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def export_run(run_dir: str, out: str, to: str, **options: Any) -> None:
     """Write the best step of RUN_DIR to the folder OUT, for transformers, vLLM or PEFT."""
+    _start("export")
     from instructrec_jax.export import export_hf
 
     folder = export_hf(run_dir, out, say=click.echo, **options)
@@ -400,13 +422,24 @@ def doctor(config: str | None) -> None:
         sys.exit(1)
 
 
+def _where() -> str:
+    """``" (process 3 of 4)"`` where there are several."""
+    from instructrec_jax.training import hosts
+
+    return f" ({name})" if (name := hosts.name()) else ""
+
+
 def main() -> None:
     """Entry point: user errors are printed without a traceback and exit with status 2."""
     try:
         cli(standalone_mode=True)
     except UserError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error{_where()}: {error}", err=True)
         sys.exit(2)
+    except Exception:
+        if _where():
+            click.echo(f"error{_where()}:", err=True)
+        raise
 
 
 if __name__ == "__main__":

@@ -175,8 +175,8 @@ class Recorder:
 
     made: list[Recorder] = []  # noqa: RUF012
 
-    def __init__(self, folder: Path, config: Config, resume_step: int):
-        self.arguments, self.written, self.closed = (folder, config, resume_step), [], False
+    def __init__(self, folder: Path, name: str, config: Config, resume_step: int):
+        self.arguments, self.written, self.closed = (folder, name, config, resume_step), [], False
         Recorder.made.append(self)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -209,7 +209,7 @@ def test_a_package_offers_a_writer(monkeypatch: pytest.MonkeyPatch, prepared: Pa
     config = config_of(prepared, writers=["mine"], steps=2)
     run.train_run(config, tmp_path, lambda _: None)
     (writer,) = test_seeing.Recorder.made
-    assert writer.arguments == (tmp_path, config, 0) and writer.closed
+    assert writer.arguments == (tmp_path, tmp_path.name, config, 0) and writer.closed
     names = {name for _, values in writer.written for name in values}
     assert {"loss", "useful_mfu", "raw_mfu", "goodput/step", "valid_ndcg@10"} <= names
     assert not (tmp_path / "tensorboard").exists()
@@ -218,11 +218,11 @@ def test_a_package_offers_a_writer(monkeypatch: pytest.MonkeyPatch, prepared: Pa
 def test_unknown_and_missing_writers_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     declare(monkeypatch, wandb="instructrec_jax.training.writers:WandB")
     with pytest.raises(ConfigError, match=r"'wandbb', which no installed package offers \(did you mean 'wandb'\?\)"):
-        writers.open_writers(tmp_path, with_writers("wandbb"), 0)
+        writers.open_writers(tmp_path, "run", with_writers("wandbb"), 0)
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'instructrec_jax\[wandb\]'"):
-        writers.open_writers(tmp_path, with_writers("wandb"), 0)
-    assert writers.open_writers(tmp_path, with_writers(), 0) == []
+        writers.open_writers(tmp_path, "run", with_writers("wandb"), 0)
+    assert writers.open_writers(tmp_path, "run", with_writers(), 0) == []
 
 
 def test_the_package_declares_its_writers() -> None:
@@ -243,7 +243,7 @@ def test_weights_and_biases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     fake = types.SimpleNamespace(init=lambda **options: calls.append(("init", options)) or session)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     declare(monkeypatch, wandb="instructrec_jax.training.writers:WandB")
-    (writer,) = writers.open_writers(tmp_path / "films-1234", with_writers("wandb"), 7)
+    (writer,) = writers.open_writers(tmp_path, "films-1234", with_writers("wandb"), 7)
     writer.write(8, {"loss": 1.5})
     writer.close()
     (_, options), log, end = calls
@@ -259,13 +259,15 @@ def test_weights_and_biases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_mlflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[tuple] = []
 
+    run_of = types.SimpleNamespace(info=types.SimpleNamespace(run_id="r1"))
+
     class Client:
         def __getattr__(self, name: str) -> Any:
             def call(*values: Any, **options: Any) -> Any:
                 calls.append((name, values, options))
-                if name == "create_run":
-                    return types.SimpleNamespace(info=types.SimpleNamespace(run_id="r1"))
-                return None if name == "get_experiment_by_name" else "e1"
+                if name == "search_runs":
+                    return [run_of] if "create_run" in [c[0] for c in calls] else []
+                return {"create_run": run_of, "create_experiment": "e1"}.get(name)
 
             return call
 
@@ -273,7 +275,7 @@ def test_mlflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "mlflow.tracking", types.SimpleNamespace(MlflowClient=Client))
     declare(monkeypatch, mlflow="instructrec_jax.training.writers:MLflow")
     for _ in range(2):  # a run, and its resumption
-        (writer,) = writers.open_writers(tmp_path, with_writers("mlflow"), 0)
+        (writer,) = writers.open_writers(tmp_path, "run", with_writers("mlflow"), 0)
         writer.write(3, {"valid_ndcg@10": 0.25})
         writer.close()
     assert [c[0] for c in calls].count("create_run") == 1

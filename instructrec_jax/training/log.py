@@ -20,9 +20,10 @@ import numpy as np
 from instructrec_jax.config import Config
 from instructrec_jax.data.tokenise import TASKS
 from instructrec_jax.errors import UserError
-from instructrec_jax.files import write_atomic
+from instructrec_jax.files import GrowingCopy, in_bucket, write_atomic
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import Sizes
+from instructrec_jax.training import hosts
 from instructrec_jax.training.goodput import Ledger
 from instructrec_jax.training.writers import open_writers
 
@@ -47,10 +48,18 @@ def format_seconds(seconds: float) -> str:
 
 
 class Metrics:
-    """``metrics.jsonl`` of one run, and the writers beside it. On resume, lines of steps that will be done again are dropped."""
+    """``metrics.jsonl`` of one run, and the writers beside it. On resume, lines of steps that will be done again are dropped.
+
+    The first process writes them. In a bucket no file can grow: there they are copies of local ones, at most a minute old.
+    """
 
     def __init__(self, folder: Path, config: Config, resume_step: int):
-        self._writers = open_writers(folder, config, resume_step)
+        self._writes = hosts.first()
+        if not self._writes:
+            return
+        self._copy = GrowingCopy(folder) if in_bucket(folder) else None
+        name, folder = folder.name, self._copy.local if self._copy else folder
+        self._writers = open_writers(folder, name, config, resume_step)
         self._path = folder / "metrics.jsonl"
         kept = []
         if self._path.exists():
@@ -65,17 +74,25 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One JSON line, and the finite numbers for every writer."""
+        if not self._writes:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
         for writer in self._writers:
             writer.write(step, numbers)
+        if self._copy:
+            self._copy.update()
 
     def close(self) -> None:
         """Flush and close all."""
+        if not self._writes:
+            return
         self._file.close()
         for writer in self._writers:
             writer.close()
+        if self._copy:
+            self._copy.close()
 
 
 def peak_flops() -> float:

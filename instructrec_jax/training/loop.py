@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from instructrec_jax.models.adapters import Tree
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import Sizes
 from instructrec_jax.models.sharding import check_divides
+from instructrec_jax.training import hosts
 from instructrec_jax.training.checkpoint import Checkpoints, check_writable
 from instructrec_jax.training.checks import check_embedding_gradients
 from instructrec_jax.training.goodput import Ledger
@@ -27,7 +27,8 @@ from instructrec_jax.training.mesh import mesh_sizes
 from instructrec_jax.training.profile import Profiler
 from instructrec_jax.training.step import State, evaluated, init_state, make_train_step, put_batch
 
-Validate = Callable[[Any], dict[str, float]]  # params -> {"ndcg@10": ..., "hr@10": ...}
+# (params, what to call now and then) -> {"ndcg@10": ..., "hr@10": ...}
+Validate = Callable[[Any, Callable[[], None]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -37,30 +38,12 @@ class Finished:
     step: int
     best_step: int | None
     best: dict[str, float]
-    stopped: bool  # True: SIGTERM or SIGINT; the same command resumes
+    stopped: bool  # True: SIGTERM, SIGINT or a preemption notice; the same command resumes
 
 
 def busy(result: dict[str, jax.Array]) -> bool:
     """Whether the devices are still at the step that gives ``result``: then nobody waits for a batch."""
     return any(not value.is_ready() for value in result.values())
-
-
-class StopRequest:
-    """Remembers SIGTERM and SIGINT, so that the loop can save at a step boundary. A second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.name = ""
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def _handle(self, number: int, _frame: Any) -> None:
-        if self.name and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-
-    def release(self) -> None:
-        """Put the former handlers back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def train(
@@ -90,14 +73,16 @@ def train(
         trained: parameters at step 0 that learn; the run's own, since their buffers are reused.
         frozen: the others, which no checkpoint holds.
         num_items: real items.
-        validate: metrics of given parameters on the validation split.
+        validate: metrics of given parameters on the validation split. It calls its second argument between batches, which raises
+            ``hosts.Stopped`` when the run is to stop.
         ledger: where the time goes, running since the call began.
-        say: prints one line.
+        say: prints one line; of several processes the first one speaks.
 
     Raises:
         UserError: a loss that is not finite (with the step window), a plan that does not divide, a folder that cannot be written.
     """
     settings = config.train
+    say = hosts.voice(say)
 
     # --------------------------------------------------------------------------------------------------- check the plan
     mesh = mesh_sizes(config.mesh, jax.device_count())
@@ -117,8 +102,9 @@ def train(
     del trained  # donated to the first step
     state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
     check_writable(run_dir, state_bytes * (settings.keep + 2))
-    write_atomic(run_dir / "config.yaml", dump(config))
-    checkpoints = Checkpoints(run_dir / "checkpoints", settings.keep)
+    if hosts.first():
+        write_atomic(run_dir / "config.yaml", dump(config))
+    checkpoints = Checkpoints(run_dir / "checkpoints", settings.keep, settings.keep_every, clean=True)
     parameters, fixed = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state["params"], frozen))
     say(
         f"{parameters:,} parameters learn{f', {fixed:,} are frozen' if fixed else ''}; {state_bytes / 1e6:.1f} MB of state; mesh {mesh}"
@@ -139,22 +125,42 @@ def train(
     log = Metrics(run_dir, config, first)
     profiler = Profiler(config.profile, run_dir)
     peak = peak_flops()
-    stop = StopRequest()
+    stop = hosts.StopRequest()
     best: dict[str, float] = {}
     passes = 2 if fixed else 3
     step = saved = first
     metrics: dict[str, jax.Array] = {}
 
-    def save(values: dict[str, float] | None) -> int:
+    def due(step: int) -> bool:
+        return step > 0 and (step % settings.eval_every == 0 or step == settings.steps)
+
+    def save(values: dict[str, float] | None) -> None:
+        nonlocal saved
         with ledger("checkpoint"):
             checkpoints.save(step, state, batches, to_dict(config), values)
         log.write(step, ledger.values())
-        return step
+        saved = step
+
+    def validate_and_save() -> None:
+        nonlocal best
+        jax.block_until_ready(metrics)
+        begun = time.perf_counter()
+        try:
+            with ledger("evaluate"):
+                best = validate(evaluated(state), stop.leave)
+        except hosts.Stopped:
+            return  # the step is saved without metrics, and the run that resumes validates first
+        seconds = time.perf_counter() - begun
+        log.write(step, {f"valid_{k}": v for k, v in best.items()} | {"valid_seconds": seconds})
+        say(f"step {step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in best.items()))
+        save(best)
 
     try:
         with ledger("step"):
+            if due(first) and not checkpoints.metrics(first):
+                validate_and_save()
             window, started = Window(ledger), time.perf_counter()
-            while step < settings.steps and not stop.name:
+            while step < settings.steps and not stop.poll():
                 waited = time.perf_counter()
                 batch = put_batch(next(batches), settings.accumulate)
                 if not busy(metrics):
@@ -171,19 +177,12 @@ def train(
                     say(log_line(step, settings.steps, values, eta))
                     window = Window(ledger)
 
-                if step % settings.eval_every == 0 or step == settings.steps:
-                    jax.block_until_ready(metrics)
-                    begun = time.perf_counter()
-                    with ledger("evaluate"):
-                        best = validate(evaluated(state))
-                    seconds = time.perf_counter() - begun
-                    log.write(step, {f"valid_{k}": v for k, v in best.items()} | {"valid_seconds": seconds})
-                    say(f"step {step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in best.items()))
-                    saved = save(best)
+                if due(step):
+                    validate_and_save()
                 elif step % settings.checkpoint_every == 0:
-                    saved = save(None)
+                    save(None)
             if stop.name and saved != step:
-                saved = save(None)
+                save(None)
     finally:
         stop.release()
         profiler.close(metrics)
@@ -199,7 +198,7 @@ def train(
     best = checkpoints.metrics(best_step) if best_step is not None else {}
     checkpoints.close()
     say(ledger.table())
-    write_json(
-        run_dir / "finished.json", {"step": step, "best_step": best_step, "best": best, "seconds": ledger.seconds()}
-    )
+    if hosts.first():
+        end = {"step": step, "best_step": best_step, "best": best, "seconds": ledger.seconds()}
+        write_json(run_dir / "finished.json", end)
     return Finished(step, best_step, best, bool(stop.name))

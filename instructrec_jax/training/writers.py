@@ -1,7 +1,7 @@
 """Where metrics go beside ``metrics.jsonl``: TensorBoard, and any writer that a package declares.
 
-A package offers a writer as an entry point of the group ``instructrec_jax.writers``: a class that is called with (run folder, config, step
-that the run goes on from) and has ``write`` and ``close``. ``wandb`` and ``mlflow`` are extras of this package.
+A package offers a writer as an entry point of the group ``instructrec_jax.writers``: a class that is called with (folder, name of the run,
+config, step that the run goes on from) and has ``write`` and ``close``. ``wandb`` and ``mlflow`` are extras of this package.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Writer(Protocol):
 class TensorBoard:
     """Event files in ``tensorboard/``; those of steps that will be done again are hidden."""
 
-    def __init__(self, run_dir: Path, config: Config, resume_step: int):
+    def __init__(self, folder: Path, name: str, config: Config, resume_step: int):
         from tensorboardX import SummaryWriter
 
-        del config
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step or None)
+        del name, config
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step or None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One scalar per number."""
@@ -48,19 +48,14 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases. The run's folder is its id, so a resumed run goes on; WANDB_MODE=offline and the like mean what they do there."""
+    """Weights & Biases. The name of the run is its id, so a resumed run goes on; WANDB_MODE and the like mean what they do there."""
 
-    def __init__(self, run_dir: Path, config: Config, resume_step: int):
+    def __init__(self, folder: Path, name: str, config: Config, resume_step: int):
         import wandb  # pyright: ignore[reportMissingImports]
 
         del resume_step
         self._run: Any = wandb.init(
-            project="instructrec_jax",
-            id=run_dir.name,
-            name=run_dir.name,
-            dir=str(run_dir),
-            config=to_dict(config),
-            resume="allow",
+            project="instructrec_jax", id=name, name=name, dir=str(folder), config=to_dict(config), resume="allow"
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -73,24 +68,22 @@ class WandB:
 
 
 class MLflow:
-    """MLflow, at the place that MLFLOW_TRACKING_URI names. The run's id is kept in ``mlflow_run_id``, so a resumed run goes on."""
+    """MLflow, at the place that MLFLOW_TRACKING_URI names. A resumed run is found by its name, and goes on."""
 
-    def __init__(self, run_dir: Path, config: Config, resume_step: int):
+    def __init__(self, folder: Path, name: str, config: Config, resume_step: int):
         from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
-        del resume_step
+        del folder, resume_step
         self._client: Any = MlflowClient()
-        kept = run_dir / "mlflow_run_id"
-        if kept.exists():
-            self._id = kept.read_text(encoding="utf-8")
+        experiment = self._client.get_experiment_by_name("instructrec_jax")
+        number = experiment.experiment_id if experiment else self._client.create_experiment("instructrec_jax")
+        before = self._client.search_runs([number], filter_string=f"attributes.run_name = '{name}'")
+        if before:
+            self._id = before[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
-            return
-        name = "instructrec_jax"
-        experiment = self._client.get_experiment_by_name(name)
-        number = experiment.experiment_id if experiment else self._client.create_experiment(name)
-        self._id = self._client.create_run(number, run_name=run_dir.name).info.run_id
-        self._client.log_dict(self._id, to_dict(config), "config.json")
-        kept.write_text(self._id, encoding="utf-8")
+        else:
+            self._id = self._client.create_run(number, run_name=name).info.run_id
+            self._client.log_dict(self._id, to_dict(config), "config.json")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One metric per number."""
@@ -102,7 +95,7 @@ class MLflow:
         self._client.set_terminated(self._id)
 
 
-def open_writers(run_dir: Path, config: Config, resume_step: int) -> list[Writer]:
+def open_writers(folder: Path, name: str, config: Config, resume_step: int) -> list[Writer]:
     """The writers that ``train.writers`` names.
 
     Raises:
@@ -114,16 +107,16 @@ def open_writers(run_dir: Path, config: Config, resume_step: int) -> list[Writer
         "tensorboard": lambda: TensorBoard
     }
     out: list[Writer] = []
-    for name in config.train.writers:
-        if name not in offered:
+    for writer in config.train.writers:
+        if writer not in offered:
             raise ConfigError(
-                f"train.writers names {name!r}, which no installed package offers{did_you_mean(name, offered)}",
+                f"train.writers names {writer!r}, which no installed package offers{did_you_mean(writer, offered)}",
                 remedy=f"any of {', '.join(sorted(offered))}, or [] for none",
             )
         try:
-            out.append(offered[name]()(run_dir, config, resume_step))
+            out.append(offered[writer]()(folder, name, config, resume_step))
         except ImportError as error:
             raise UserError(
-                f"train.writers names {name!r}, but {error}", remedy=f"pip install 'instructrec_jax[{name}]'"
+                f"train.writers names {writer!r}, but {error}", remedy=f"pip install 'instructrec_jax[{writer}]'"
             ) from error
     return out
