@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from instructrec_jax.files import write_atomic
+
+if TYPE_CHECKING:
+    from instructrec_jax.samples import PackedRow
 
 
 def progress(label: str, expected: int, items: Iterator) -> Iterator:
@@ -85,6 +91,37 @@ def print_result(tree: dict[str, Any]) -> None:
                 + f", paired p = {c['p']:.3f}",
                 highlight=False,
             )
+
+
+SEGMENT_COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
+
+
+def print_batch(rows: list[PackedRow], shown: int, html: str | None) -> None:
+    """A packed batch: a colour for each segment, positions with a target underlined, soft tokens in brackets, padding dim."""
+    from rich.console import Console
+    from rich.style import Style
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 110, record=html is not None)
+    for number, row in enumerate(rows[:shown], start=1):
+        used = sum(len(tokens) for tokens in row.segments)
+        line = Text(f"row {number}: {len(row.segments)} segments, {used} tokens, {row.padding} padding\n", "bold")
+        for colour, tokens in zip(itertools.cycle(SEGMENT_COLOURS), row.segments):
+            for token in tokens:
+                soft = token["kind"] != "word"
+                style = Style(color=colour, bold=soft, underline=bool(token["loss"]), italic="text" in token["loss"])
+                line.append(f"⟦{token['text']}⟧" if soft else token["text"], style)
+        if row.padding:
+            line.append(f" ·{row.padding}· ", "dim")
+        console.print(line, end="\n\n")
+    places = sum(len(tokens) for row in rows for tokens in row.segments), sum(row.padding for row in rows)
+    console.print(
+        f"{len(rows)} rows, {100 * places[0] / sum(places):.1f} % useful. Each colour is one example; ⟦item or feature⟧; underlined: the "
+        "position predicts an item, underlined italic: words",
+        highlight=False,
+    )
+    if html is not None:
+        write_atomic(html, console.export_html(inline_styles=True))
 
 
 def escape(text: str) -> str:

@@ -26,7 +26,15 @@ NAMES = ("adamw", "adafactor", "lion", "muon")
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]
 # Adafactor factors the moments of matrices whose sides have 128 or more.
 MODEL = ModelConfig(
-    width=128, layers=3, heads=4, kv_heads=2, head_size=64, mlp_width=256, dropout=0.0, item_dropout=0.0, scan_layers=True
+    width=128,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_size=64,
+    mlp_width=256,
+    dropout=0.0,
+    item_dropout=0.0,
+    scan_layers=True,
 )
 TRAIN = TrainConfig(
     batch_size=16, sequence_length=32, logits_chunk=32, steps=20, warmup_steps=2, learning_rate=1e-3, weight_decay=0.1
@@ -110,7 +118,9 @@ def test_adafactor_is_that_of_optax_on_a_matrix() -> None:
     with jax.set_mesh(one_device()):
         w = jax.random.normal(jax.random.key(0), (160, 130))
         g = jax.random.normal(jax.random.key(1), (160, 130)) * 0.001
-        config = replace(TRAIN, optimizer="adafactor", schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=1e9)
+        config = replace(
+            TRAIN, optimizer="adafactor", schedule="constant", warmup_steps=0, weight_decay=0.0, clip_norm=1e9
+        )
         ours = optimisers.optimizer(config)
         theirs = optax.adafactor(config.learning_rate, multiply_by_parameter_scale=False)
         a, b = ours.init({"up": w}), theirs.init({"up": w})

@@ -13,6 +13,7 @@ from instructrec_jax.config import ModelConfig
 from instructrec_jax.models import attention
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.parts import dropout, norm, project
+from instructrec_jax.models.remat import named, rematerialised
 from instructrec_jax.models.sharding import RULES
 
 KeysValues = tuple[Float[Array, "*L B T K H"], Float[Array, "*L B T K H"]]
@@ -72,7 +73,7 @@ class Block(nn.Module):
                 softcap=a.attention_softcap,
                 path=self.options.attention,
             )
-            x = self._add(x, self._out(heads, "output"), "attention")
+            x = self._add(x, self._out(named("context", heads), "output"), "attention")
         if a.kind == "encoder-decoder" and self.decoder:
             with jax.named_scope("cross_attention"):
                 y = self._norm("cross_norm", x)
@@ -121,7 +122,7 @@ class Block(nn.Module):
         if a.positions == "rotary":
             table = self._of_layer("angles", own, shared)
             q, k = attention.rotate(q, table), attention.rotate(k, table)
-        return q, k, v
+        return named("qkv", q, k, v)
 
     def _cross(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array]:
         a = self.arch
@@ -169,12 +170,6 @@ class Block(nn.Module):
         return jax.tree.map(lambda there, here: jnp.where(own["local"], there, here), local, shared[name])
 
 
-_REMAT = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
 def stack(
     arch: Architecture,
     options: ModelConfig,
@@ -191,7 +186,7 @@ def stack(
 
     Call it inside a compact method: the layers become children ``name`` (scanned) or ``layer_0``, ``layer_1``, ... of that module.
     """
-    block = Block if options.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_REMAT[options.remat])
+    block = rematerialised(Block, options.remat)
     if options.scan_layers:
         axes: Any = (0, nn.broadcast)
         scanned = nn.scan(

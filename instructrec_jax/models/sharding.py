@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax import P
+from jax.experimental import multihost_utils
 
 from instructrec_jax.errors import ConfigError
 
@@ -59,6 +61,20 @@ class Rules:
 
 
 RULES = Rules()
+
+
+def put(value: np.ndarray, sharding: jax.NamedSharding) -> jax.Array:
+    """A host array that every process has, on the mesh. (Between processes ``jax.device_put`` would compare their copies each time.)"""
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def fetch(x: Any) -> np.ndarray:
+    """The whole of an array on the mesh, on the host of every process; all of them call it."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def gathered(w: jax.Array, stored: P) -> jax.Array:

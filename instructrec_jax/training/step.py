@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from instructrec_jax.config import Config, TrainConfig
 from instructrec_jax.models.adapters import Tree, join, split, with_magnitudes
 from instructrec_jax.models.architecture import Architecture
-from instructrec_jax.models.language_model import LanguageModel, Sizes, apply, init_variables
+from instructrec_jax.models.language_model import LanguageModel, Output, Sizes, apply, init_variables
 from instructrec_jax.models.sharding import BATCH
 from instructrec_jax.training import loss as losses
 from instructrec_jax.training.optimisers import optimizer, schedule
@@ -72,53 +72,82 @@ def averaged(ema: Tree, params: Tree, step: Int[Array, ""], decay: float) -> Tre
     return jax.tree.map(lambda old, new: old + (1 - now) * (new - old), ema, params)
 
 
+MicroLoss = Callable[
+    [Tree, Batch, Array], tuple[Array, dict[str, Any]]
+]  # (params, part of a batch, key) -> (loss, sums by head)
+
+
+def batch_gradients(
+    micro_loss: MicroLoss, params: Tree, batch: Batch, key: Array
+) -> tuple[Array, dict[str, Any], Tree]:
+    """Loss, sums by head, and gradients, added up over the micro-batches: one after the other, where there are several."""
+    grad = jax.value_and_grad(micro_loss, has_aux=True)
+
+    def add(carry: tuple, part: tuple[Batch, Int[Array, ""]]) -> tuple[tuple, None]:
+        micro, number = part
+        (loss, sums), grads = grad(params, micro, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, carry, (loss, sums, grads)), None
+
+    count = batch["tokens"].shape[0]
+    if count == 1:
+        (loss, sums), grads = grad(params, {k: v[0] for k, v in batch.items()}, jax.random.fold_in(key, 0))
+        return loss, sums, grads
+    zero = losses.zero_sums()._asdict()
+    start = (jnp.float32(0), {"item": zero, "text": zero}, jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, start, (batch, jnp.arange(count)))[0]
+
+
+def head_losses(
+    out: Output,
+    batch: Batch,
+    totals: tuple[Array, Array],
+    num_items: int,
+    train: TrainConfig,
+    arch: Architecture,
+    learns: bool = True,
+) -> tuple[Array, dict[str, Any]]:
+    """The loss of a part of a batch, and its sums by head; ``totals`` are the whole batch's numbers of item and text targets, and
+    ``learns`` is whether the word head does.
+
+    loss = w_item · Σ item_nll / Σ item targets + w_text · Σ text_nll / Σ text targets. With a z-loss every nll has z · log² Z beside
+    it, Z being the softmax's normaliser (PaLM, arXiv 2204.02311, section 5).
+    """
+    item = losses.item_loss(out, batch, num_items, train.label_smoothing, train.logits_chunk)
+    text = losses.word_loss(out, batch, train.logits_chunk, arch, tiles=train.vocab_tiles, learns=learns)
+    by_item = train.item_loss_weight * (item.loss + train.z_loss * item.z) / totals[0]
+    by_text = train.text_loss_weight * (text.loss + train.z_loss * text.z) / totals[1]
+    return by_item + by_text, {"item": item._asdict(), "text": text._asdict()}
+
+
+def count_targets(batch: Batch) -> tuple[Array, Array]:
+    """Numbers of item and text targets of a whole batch, at least 1."""
+    item, text = (jnp.sum(batch[k] > 0).astype(jnp.float32) for k in ("item_target", "text_target"))
+    return jnp.maximum(item, 1.0), jnp.maximum(text, 1.0)
+
+
 def make_train_step(
     config: Config, arch: Architecture, sizes: Sizes, num_items: int
 ) -> Callable[[State, Tree, Batch, Array], tuple[State, dict[str, Array]]]:
     """The jitted step ``(state, frozen, batch, content) -> (state, metrics)``; the state is donated.
 
-    loss = w_item · Σ item_nll / Σ item targets + w_text · Σ text_nll / Σ text targets, where the denominators are counted over the
-    whole batch before the first micro-batch: accumulation gives the full-batch gradient, however targets are spread. With a z-loss
-    every nll has z · log² Z beside it, Z being the softmax's normaliser (PaLM, arXiv 2204.02311, section 5).
+    Targets are counted over the whole batch before the first micro-batch: accumulation gives the full-batch gradient, however
+    targets are spread.
     """
     train = config.train
     model = LanguageModel(arch, sizes, config.model, train=True)
     tx = optimizer(train)
     rate = schedule(train)
-    head = "words" if arch.tied_head else "word_head"
-
-    def micro_loss(
-        params: Tree, frozen: Tree, batch: Batch, content: Array, key: Array, totals: tuple[Array, Array]
-    ) -> tuple[Array, Any]:
-        out = apply(model, join(params, frozen), batch, content, rngs={"dropout": key})
-        item = losses.item_loss(out, batch, num_items, train.label_smoothing, train.logits_chunk)
-        learns = head in params.get("params", {})
-        text = losses.word_loss(out, batch, train.logits_chunk, arch, tiles=train.vocab_tiles, learns=learns)
-        parts = (train.item_loss_weight, item, totals[0]), (train.text_loss_weight, text, totals[1])
-        loss = sum(weight * (part.loss + train.z_loss * part.z) / total for weight, part, total in parts)
-        return loss, {"item": item._asdict(), "text": text._asdict()}
+    learns = not {"all", "embeddings"}.isdisjoint(config.model.trainable)
 
     def step(state: State, frozen: Tree, batch: Batch, content: Array) -> tuple[State, dict[str, Array]]:
-        totals = tuple(
-            jnp.maximum(jnp.sum(batch[k] > 0).astype(jnp.float32), 1.0) for k in ("item_target", "text_target")
-        )
+        totals = count_targets(batch)
+
+        def micro_loss(params: Tree, micro: Batch, key: Array) -> tuple[Array, dict[str, Any]]:
+            out = apply(model, join(params, frozen), micro, content, rngs={"dropout": key})
+            return head_losses(out, micro, totals, num_items, train, arch, learns)
+
         key = jax.random.fold_in(jax.random.key(train.seed), state["step"])
-        grad = jax.value_and_grad(micro_loss, has_aux=True)
-
-        def accumulate(carry: tuple, part: tuple[Batch, Int[Array, ""]]) -> tuple[tuple, None]:
-            micro, number = part
-            (loss, sums), grads = grad(state["params"], frozen, micro, content, jax.random.fold_in(key, number), totals)
-            return jax.tree.map(jnp.add, carry, (loss, sums, grads)), None
-
-        count = batch["tokens"].shape[0]
-        if count == 1:
-            only = {k: v[0] for k, v in batch.items()}
-            (loss, sums), grads = grad(state["params"], frozen, only, content, jax.random.fold_in(key, 0), totals)
-        else:
-            zero = losses.zero_sums()._asdict()
-            start = (jnp.float32(0), {"item": zero, "text": zero}, jax.tree.map(jnp.zeros_like, state["params"]))
-            (loss, sums, grads), _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(count)))
-
+        loss, sums, grads = batch_gradients(micro_loss, state["params"], batch, key)
         updates, opt = tx.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         metrics = {
@@ -126,6 +155,8 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(state["step"]),
             "useful_tokens": jnp.sum(batch["segment_ids"] > 0),
+            # Pairs that causal attention reads, for the FLOPs.
+            "attended": jnp.sum(jnp.where(batch["segment_ids"] > 0, batch["positions"] + 1, 0).astype(jnp.float32)),
             **{f"{head}_{k}": v for head, part in sums.items() for k, v in part.items()},
         }
         new = {"params": params, "opt": opt, "step": state["step"] + 1}
