@@ -156,7 +156,7 @@ class ModelConfig:
     )
     scan_layers: bool = True
     # What of a layer is kept for the backward pass, from all to its input alone; offload: dots in the host's memory (models/remat.py).
-    remat: Literal["none", "dots", "qkv", "attention", "full", "offload"] = "none"
+    remat: Literal["none", "dots", "qkv", "attention", "full", "least", "offload"] = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute; parameters are float32
     # Scores of queries and keys in memory ("reference") or in a kernel on the chip ("fused"; away from TPUs it is interpreted, for
     # tests). "auto" = fused on TPUs. What the kernel cannot do goes the reference's way: see models/attention.py: attend.

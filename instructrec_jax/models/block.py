@@ -51,11 +51,33 @@ class Block(nn.Module):
             The residual stream, and keys and values ``[B, S, K, H]`` of the new positions (``self``) and of the encoder (``cross``).
         """
         a = self.arch
-        kept = {}
+        # Computed again by itself, attention is not held while the MLP's gradients are.
+        attend = nn.remat(Block._attention) if self.options.remat == "least" else Block._attention
+        x, keys_values = attend(self, x, own, shared)
+        kept = {"self": keys_values}
+        if a.kind == "encoder-decoder" and self.decoder:
+            with jax.named_scope("cross_attention"):
+                y = self._norm("cross_norm", x)
+                q = self._project(
+                    "cross_query", y, "bsd,dkgh->bskgh", self._q_shape, RULES.query_dkgh, RULES.heads_bskgh
+                )
+                kept["cross"] = own["cross"] if "cross" in own else self._cross(shared["encoded"])
+                k, v = kept["cross"]
+                heads = attention.attend_memory(q, k, v, shared["cross_mask"], scale=a.query_scale)
+                x = x + dropout(self, self._out(heads, "cross_output"), self.options.residual_dropout, self.train)
+        with jax.named_scope("mlp"):
+            y = self._norm("mlp_norm", x) if a.placement != "post" else x
+            x = self._add(x, self._mlp(y), "mlp")
+        return x, kept
+
+    # -------------------------------------------------------------------------------------------------------- the parts
+
+    def _attention(self, x: jax.Array, own: dict[str, Any], shared: dict[str, Any]) -> tuple[jax.Array, KeysValues]:
+        """The residual sum with self-attention, and its keys and values."""
+        a = self.arch
         with jax.named_scope("attention"):
             y = self._norm("attention_norm", x) if a.placement != "post" else x
             q, k, v = self._heads(y, own, shared)
-            kept["self"] = (k, v)
             past = []
             for name in ("past", "recent"):
                 if name in own:
@@ -73,23 +95,7 @@ class Block(nn.Module):
                 softcap=a.attention_softcap,
                 path=self.options.attention,
             )
-            x = self._add(x, self._out(named("context", heads), "output"), "attention")
-        if a.kind == "encoder-decoder" and self.decoder:
-            with jax.named_scope("cross_attention"):
-                y = self._norm("cross_norm", x)
-                q = self._project(
-                    "cross_query", y, "bsd,dkgh->bskgh", self._q_shape, RULES.query_dkgh, RULES.heads_bskgh
-                )
-                kept["cross"] = own["cross"] if "cross" in own else self._cross(shared["encoded"])
-                k, v = kept["cross"]
-                heads = attention.attend_memory(q, k, v, shared["cross_mask"], scale=a.query_scale)
-                x = x + dropout(self, self._out(heads, "cross_output"), self.options.residual_dropout, self.train)
-        with jax.named_scope("mlp"):
-            y = self._norm("mlp_norm", x) if a.placement != "post" else x
-            x = self._add(x, self._mlp(y), "mlp")
-        return x, kept
-
-    # -------------------------------------------------------------------------------------------------------- the parts
+            return self._add(x, self._out(named("context", heads), "output"), "attention"), (k, v)
 
     @property
     def _q_shape(self) -> tuple[int, ...]:

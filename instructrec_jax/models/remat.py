@@ -4,7 +4,8 @@ none        everything                                                         f
 dots        the results of products with weights (MaxText: minimal)
 qkv         queries, keys and values after their rotation, and what attention gives (MaxText: save_qkv_proj and context)
 attention   what attention gives
-full        only the layer's input (MaxText: full)                             least memory, about a third more operations
+full        only the layer's input (MaxText: full)                             about a third more operations
+least       as full; and attention once more, apart from the MLP               least memory, a tenth more again
 offload     as dots, but in the host's memory; where the backend can (TPU, GPU)
 """
 
@@ -22,6 +23,7 @@ _POLICIES = jax.checkpoint_policies
 def _policy(remat: str) -> Any:
     return {
         "full": _POLICIES.nothing_saveable,
+        "least": _POLICIES.nothing_saveable,
         "attention": _POLICIES.save_only_these_names("context"),
         "qkv": _POLICIES.save_only_these_names("qkv", "context"),
         "dots": _POLICIES.dots_with_no_batch_dims_saveable,

@@ -47,7 +47,7 @@ def architecture_of(config: Config, items: int, users: int = 0) -> tuple[Archite
 
 
 def step_shapes(config: Config, arch: Architecture, sizes: Sizes) -> StepShapes:
-    """Shapes, types and partition specs of a step's arguments. Call it on a mesh (``jax.set_mesh``); nothing is allocated."""
+    """Shapes, types and partition specs of a step's arguments. Call it on a mesh, real or abstract; nothing is allocated."""
     rows = config.train.batch_size // config.train.accumulate
     shape = (config.train.accumulate, rows, config.train.sequence_length)
 
@@ -58,7 +58,7 @@ def step_shapes(config: Config, arch: Architecture, sizes: Sizes) -> StepShapes:
     trained, frozen = jax.eval_shape(start)
     state = jax.eval_shape(partial(init_state, config=config.train), trained)
     types = {name: jnp.float32 if name == "feature_value" else jnp.int32 for name in BATCH_KEYS}
-    mesh = jax.sharding.get_mesh()
+    mesh = jax.sharding.get_abstract_mesh()
     batch = {k: jax.ShapeDtypeStruct(shape, v, sharding=jax.NamedSharding(mesh, BATCH_SPEC)) for k, v in types.items()}
     content = jax.ShapeDtypeStruct(
         (sizes.items, sizes.content), jnp.float32, sharding=jax.NamedSharding(mesh, RULES.table_used)
