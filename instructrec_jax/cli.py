@@ -39,6 +39,7 @@ def cli() -> None:
     \b
     instructrec doctor                                  what is installed, and what to fix
     instructrec data prepare configs/ml_latest_small.yaml
+    instructrec plan         configs/ml_latest_small.yaml --chips v5e-16
     instructrec train        configs/ml_latest_small.yaml --train.steps 400
     instructrec evaluate     RUN_DIR --protocol full
     instructrec recommend    RUN_DIR --user 42 --wish "a slow, sad film" -k 10
@@ -92,6 +93,25 @@ def data_show_batch(config: str, rows: int, step: int, html: str | None, overrid
     from instructrec_jax.samples import packed_batch
 
     print_batch(packed_batch(configs.load(config, overrides), step), rows, html)
+
+
+@cli.command("plan", context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
+@click.argument("config", type=click.Path())
+@click.option("--chips", default="", help="Like v5e-16. [default: mesh.chips of CONFIG, else this machine's devices]")
+@click.option("--items", type=click.IntRange(0), default=0, help="Of a catalogue that is not prepared yet.")
+@click.option("--users", type=click.IntRange(0), default=0, help="Values of user features, likewise.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def plan_step(config: str, chips: str, items: int, users: int, overrides: tuple[str, ...]) -> None:
+    """Say what a training step of CONFIG takes on each chip, and whether it fits; by arithmetic, in seconds."""
+    from instructrec_jax import config as configs
+    from instructrec_jax.plan import plan
+    from instructrec_jax.terminal import print_plan
+
+    settings = configs.load(config, overrides)
+    found = plan(settings, chips, items=items, users=users)
+    print_plan(found, f"{settings.name} on {chips or settings.mesh.chips or 'this machine'}")
+    if found.fits is False:
+        sys.exit(1)
 
 
 @cli.command(context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)

@@ -124,6 +124,42 @@ def print_batch(rows: list[PackedRow], shown: int, html: str | None) -> None:
         write_atomic(html, console.export_html(inline_styles=True))
 
 
+def print_plan(plan: Any, title: str) -> None:
+    """Bytes on each chip, what moves between them, operations and time; a ``training.plan.Plan``."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    frozen = f", {plan.frozen:,} are frozen" if plan.frozen else ""
+    console.print(f"[bold]{escape(title)}[/bold]: {plan.devices} devices, mesh {mesh}", highlight=False)
+    console.print(f"{plan.trained:,} parameters learn{frozen}", highlight=False)
+    table = Table("on each device", "", "GB")
+    table.columns[2].justify = "right"
+    for kind, sizes in (("stays", plan.stored), ("for a step", plan.working)):
+        for name, size in sizes.items():
+            table.add_row(name, kind, f"{size / 1e9:,.3f}")
+        table.add_section()
+    table.add_row("[bold]together[/bold]", "", f"[bold]{plan.total / 1e9:,.3f}[/bold]")
+    console.print(table)
+    if plan.moved:
+        table = Table("collectives of a step", "", "axis", "times", "GB on each device")
+        for column in table.columns[3:]:
+            column.justify = "right"
+        for m in plan.moved:
+            table.add_row(m.what, m.kind, m.axis, f"{m.count:,}", f"{m.bytes / 1e9:,.3f}")
+        console.print(table)
+    epoch = "" if plan.steps_per_epoch is None else f", {plan.steps_per_epoch:,} steps an epoch"
+    console.print(f"{plan.tokens:,} tokens and {plan.flops / 1e12:,.1f} TFLOP a step{epoch}", highlight=False)
+    if plan.chip is None:
+        console.print("memory and peak of these devices are not known", highlight=False)
+        return
+    seconds = f"{plan.seconds:.3g} s a step at 40 % of the peak, {plan.tokens / plan.seconds:,.0f} tokens/s"
+    console.print(seconds, highlight=False)
+    verdict = "[green]fits[/green]" if plan.fits else "[red]does not fit[/red]"
+    console.print(f"{verdict}: {plan.total / 1e9:,.2f} of {plan.chip.memory / 1e9:,.2f} GB", highlight=False)
+
+
 def escape(text: str) -> str:
     """Text as it stands, without rich's markup."""
     from rich import markup
