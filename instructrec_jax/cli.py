@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import click
 
 from instructrec_jax import __version__
 from instructrec_jax.errors import UserError, did_you_mean
-from instructrec_jax.terminal import escape, print_result, print_statistics, progress
+from instructrec_jax.terminal import escape, print_batch, print_result, print_statistics, progress
 
 OVERRIDES = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
 _OVERRIDES_HELP = "Any setting can be changed with a dotted option, e.g. --train.steps 400 --mesh.fsdp 8."
@@ -38,6 +39,7 @@ def cli() -> None:
     \b
     instructrec doctor                                  what is installed, and what to fix
     instructrec data prepare configs/ml_latest_small.yaml
+    instructrec plan         configs/ml_latest_small.yaml --chips v5e-16
     instructrec train        configs/ml_latest_small.yaml --train.steps 400
     instructrec evaluate     RUN_DIR --protocol full
     instructrec recommend    RUN_DIR --user 42 --wish "a slow, sad film" -k 10
@@ -46,6 +48,16 @@ def cli() -> None:
     instructrec model fetch  smollm2-135m               a pretrained model, into the cache
     instructrec export       RUN_DIR OUT --to hf        weights for transformers, vLLM or PEFT
     """
+
+
+def _start(what: str = "", **options: bool) -> Callable[[str], None]:
+    """Join the other processes, if there are any, before JAX is used. ``what`` one process must do alone. Returns a voice for all."""
+    from instructrec_jax.training import hosts
+
+    hosts.start(**options)
+    if what:
+        hosts.alone(what)
+    return hosts.voice(click.echo)
 
 
 @cli.group(cls=Commands)
@@ -69,6 +81,39 @@ def data_prepare(config: str, overrides: tuple[str, ...]) -> None:
     print_statistics(prepared.manifest["statistics"])
 
 
+@data.command("show-batch", context_settings={**OVERRIDES, "show_default": True}, epilog=_OVERRIDES_HELP)
+@click.argument("config", type=click.Path())
+@click.option("--rows", type=click.IntRange(1), default=4, help="Rows to show.")
+@click.option("--step", type=click.IntRange(1), default=1, help="The batch of this training step.")
+@click.option("--html", type=click.Path(), help="Write it as a page too.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def data_show_batch(config: str, rows: int, step: int, html: str | None, overrides: tuple[str, ...]) -> None:
+    """Show a packed training batch of CONFIG: segments in colours, targets underlined, soft tokens in brackets."""
+    from instructrec_jax import config as configs
+    from instructrec_jax.samples import packed_batch
+
+    print_batch(packed_batch(configs.load(config, overrides), step), rows, html)
+
+
+@cli.command("plan", context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
+@click.argument("config", type=click.Path())
+@click.option("--chips", default="", help="Like v5e-16. [default: mesh.chips of CONFIG, else this machine's devices]")
+@click.option("--items", type=click.IntRange(0), default=0, help="Of a catalogue that is not prepared yet.")
+@click.option("--users", type=click.IntRange(0), default=0, help="Values of user features, likewise.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def plan_step(config: str, chips: str, items: int, users: int, overrides: tuple[str, ...]) -> None:
+    """Say what a training step of CONFIG takes on each chip, and whether it fits; by arithmetic, in seconds."""
+    from instructrec_jax import config as configs
+    from instructrec_jax.plan import plan
+    from instructrec_jax.terminal import print_plan
+
+    settings = configs.load(config, overrides)
+    found = plan(settings, chips, items=items, users=users)
+    print_plan(found, f"{settings.name} on {chips or settings.mesh.chips or 'this machine'}")
+    if found.fits is False:
+        sys.exit(1)
+
+
 @cli.command(context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
 @click.argument("config", type=click.Path())
 @click.option(
@@ -76,20 +121,27 @@ def data_prepare(config: str, overrides: tuple[str, ...]) -> None:
 )
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def train(config: str, run_dir: str | None, overrides: tuple[str, ...]) -> None:
-    """Train CONFIG on its prepared data. The same command resumes a run that was stopped or killed."""
+    """Train CONFIG on its prepared data. The same command resumes a run that was stopped or killed.
+
+    MFU (model FLOP utilisation) is analytic: operations of the weights and of causal attention (half of all pairs) over time and the
+    chips' published bf16 peak. "useful" leaves padding out, "raw" counts it.
+    """
     from instructrec_jax import config as configs
-    from instructrec_jax import run
+    from instructrec_jax.files import path_of
 
     settings = configs.load(config, overrides)
-    folder = Path(run_dir) if run_dir else configs.run_dir(settings)
+    say = _start(preemption=True)
+    from instructrec_jax import run
+
+    folder = path_of(run_dir) if run_dir else configs.run_dir(settings)
     configs.check_same_run(settings, folder)
-    click.echo(f"run: {folder}")
-    finished = run.train_run(settings, folder, click.echo)
+    say(f"run: {folder}")
+    finished = run.train_run(settings, folder, say)
     if finished.best_step is not None and finished.best:
-        click.echo(f"best step {finished.best_step}: " + ", ".join(f"{k} {v:.4f}" for k, v in finished.best.items()))
+        say(f"best step {finished.best_step}: " + ", ".join(f"{k} {v:.4f}" for k, v in finished.best.items()))
     if finished.stopped:
         sys.exit(143)
-    click.echo(f"next: instructrec evaluate {folder}")
+    say(f"next: instructrec evaluate {folder}")
 
 
 @cli.command(context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
@@ -126,11 +178,13 @@ def evaluate(
     from instructrec_jax.data.schema import SPLIT_NAMES
     from instructrec_jax.evaluate import evaluate as evaluate_run
     from instructrec_jax.evaluate import summary_json
+    from instructrec_jax.training import hosts
 
     if auto_dir is not None and run_dir is not None and run_dir.startswith("--"):
         run_dir, overrides = None, (run_dir, *overrides)  # the first override took RUN_DIR's place
     if (run_dir is None) == (auto_dir is None):
         raise UserError("give either a RUN_DIR or --auto DIR")
+    say = _start("prepare, train and evaluate in one go" if auto_dir is not None else "")
     if auto_dir is not None:
         from instructrec_jax.auto import auto_run
 
@@ -145,7 +199,9 @@ def evaluate(
             click.echo(json.dumps(result.means()))
         return
     extra = ("--evaluate.protocol", protocol) if protocol else ()
-    payload = evaluate_run(run_dir, (*overrides, *extra), split=SPLIT_NAMES.index(split), say=click.echo)
+    payload = evaluate_run(run_dir, (*overrides, *extra), split=SPLIT_NAMES.index(split), say=say)
+    if not hosts.first():
+        return
     for part in ("next_item", "search", "likelihood"):
         if payload[part]:
             print_result(payload[part])
@@ -177,6 +233,7 @@ def recommend(
     as_json: bool,
 ) -> None:
     """Recommend for a user, known or new, with or without a wish."""
+    _start("recommend")
     from instructrec_jax.recommend import recommend as recommend_for
 
     answer = recommend_for(
@@ -235,6 +292,7 @@ def score(run_dir: str, requests: str, out: str, **options: Any) -> None:
 
     A line of the output is {"id", "candidates", "scores"}. Bad lines are reported, and written to OUT.errors.jsonl.
     """
+    _start("score a file")
     from instructrec_jax.score import score as score_file
 
     done = score_file(
@@ -266,6 +324,7 @@ def score(run_dir: str, requests: str, out: str, **options: Any) -> None:
 @click.option("--system", help="A system message, for a model with a chat template.")
 def generate(where: str, prompt: str, seed: int, system: str | None, **how: Any) -> None:
     """Let a run or a published model answer PROMPT in words."""
+    _start("answer one prompt")
     from instructrec_jax.generate import generate as answer
     from instructrec_jax.models.generate import Decoding
 
@@ -278,7 +337,7 @@ def report(run_dir: str) -> None:
     """Write one self-contained HTML file about a run: curves, tables, pictures, users."""
     from instructrec_jax.evaluation.report import write_report
 
-    click.echo(f"report: {write_report(Path(run_dir)).resolve()}")
+    click.echo(f"report: {write_report(run_dir)}")
 
 
 @cli.command("export", context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
@@ -296,6 +355,7 @@ def report(run_dir: str) -> None:
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def export_run(run_dir: str, out: str, to: str, **options: Any) -> None:
     """Write the best step of RUN_DIR to the folder OUT, for transformers, vLLM or PEFT."""
+    _start("export")
     from instructrec_jax.export import export_hf
 
     folder = export_hf(run_dir, out, say=click.echo, **options)
@@ -382,13 +442,24 @@ def doctor(config: str | None) -> None:
         sys.exit(1)
 
 
+def _where() -> str:
+    """``" (process 3 of 4)"`` where there are several."""
+    from instructrec_jax.training import hosts
+
+    return f" ({name})" if (name := hosts.name()) else ""
+
+
 def main() -> None:
     """Entry point: user errors are printed without a traceback and exit with status 2."""
     try:
         cli(standalone_mode=True)
     except UserError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error{_where()}: {error}", err=True)
         sys.exit(2)
+    except Exception:
+        if _where():
+            click.echo(f"error{_where()}:", err=True)
+        raise
 
 
 if __name__ == "__main__":

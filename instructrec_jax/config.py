@@ -20,6 +20,7 @@ from typing import Any, Literal
 import yaml
 
 from instructrec_jax.errors import ConfigError, did_you_mean
+from instructrec_jax.files import path_of
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -155,7 +156,8 @@ class ModelConfig:
         ""  # folder, known name or hub id of an encoder (minilm-l6) for further item features; "" = none
     )
     scan_layers: bool = True
-    remat: Literal["none", "full", "dots"] = "none"
+    # What of a layer is kept for the backward pass, from all to its input alone; offload: dots in the host's memory (models/remat.py).
+    remat: Literal["none", "dots", "qkv", "attention", "full", "least", "offload"] = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute; parameters are float32
     # Scores of queries and keys in memory ("reference") or in a kernel on the chip ("fused"; away from TPUs it is interpreted, for
     # tests). "auto" = fused on TPUs. What the kernel cannot do goes the reference's way: see models/attention.py: attend.
@@ -172,6 +174,9 @@ class MeshConfig:
     replica: int = 1
     fsdp: int = -1
     tensor: int = 1
+    chips: str = (
+        ""  # like v5e-16: what `instructrec plan` and tools/aot_check.py assume; a run takes the devices that it finds
+    )
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,7 @@ class TrainConfig:
         0.0  # share of the matching head's probabilities in what it learns; the rest is the target's
     )
     logits_chunk: int = 16  # sequence positions whose logits exist at one time
+    vocab_tiles: int = 1  # parts of the word table, of which one is gathered at a time for the loss on words
     log_every: int = 25
     eval_every: int = 150  # validation NDCG@10, full ranking; the best step is kept
     eval_users: int = 2000  # at most this many validation users while training (a fixed sample)
@@ -214,7 +220,17 @@ class TrainConfig:
     eval_method: Literal["auto", "items", "likelihood"] = "auto"
     checkpoint_every: int = 150
     keep: int = 2  # latest checkpoints kept beside the best one
+    keep_every: int = 0  # checkpoints of every so many steps are kept for good; 0 = none
+    writers: tuple[str, ...] = ("tensorboard",)  # beside metrics.jsonl: tensorboard, wandb, mlflow, or a package's own
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A window of training steps that JAX's profiler traces into ``RUN_DIR/profile``."""
+
+    start: int = 10  # first step of the window, counted from the first of this call
+    steps: int = 0  # length of the window; 0 = none
 
 
 @dataclass(frozen=True)
@@ -238,12 +254,13 @@ class Config:
 
     name: str = "ml-latest-small"
     prepared: str = "prepared"  # folder of prepared data sets
-    runs: str = "runs"  # folder of runs
+    runs: str = "runs"  # folder of runs, or gs://bucket/folder; with several processes one that all of them see
     data: DataConfig = DataConfig()
     instructions: InstructionConfig = InstructionConfig()
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
+    profile: ProfileConfig = ProfileConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def __post_init__(self) -> None:
@@ -268,9 +285,9 @@ class Config:
 
 def run_dir(config: Config) -> Path:
     """The folder of a config's run: the same settings give the same folder, so the same command resumes."""
-    tree = {k: v for k, v in to_dict(config).items() if k not in ("runs", "prepared", "evaluate", "mesh")}
+    tree = {k: v for k, v in to_dict(config).items() if k not in ("runs", "prepared", "evaluate", "mesh", "profile")}
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-    return Path(config.runs) / f"{config.name}-{digest[:8]}"
+    return path_of(config.runs) / f"{config.name}-{digest[:8]}"
 
 
 def check_same_run(config: Config, folder: Path) -> None:
@@ -311,7 +328,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type.
     """
-    path = Path(path)
+    path = path_of(path)
     if not path.is_file():
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
         raise ConfigError(f"no config file {path}{near}", remedy="see configs/ for presets")

@@ -33,7 +33,7 @@ from instructrec_jax.errors import UserError
 from instructrec_jax.evaluation import metrics, slices
 from instructrec_jax.evaluation.recommendations import evaluate_lists, read_recommendations, write_recommendations
 from instructrec_jax.evaluation.table import EvaluationResult, Row
-from instructrec_jax.files import write_json
+from instructrec_jax.files import path_of, write_json
 from instructrec_jax.instructions.prompts import NothingToSay
 from instructrec_jax.models.adapters import join
 from instructrec_jax.retrieval.ease import EASE
@@ -49,6 +49,7 @@ from instructrec_jax.run import (
 )
 from instructrec_jax.samples import sample_prompts, sample_users
 from instructrec_jax.scoring import Request, Scorer
+from instructrec_jax.training import hosts
 
 MODEL = "model"
 BEFORE = "model before tuning"
@@ -108,7 +109,7 @@ def evaluate(run_dir: str | Path, overrides: Sequence[str] = (), *, split: int =
     Returns the content of that file (see ``docs/metrics.md``): ``next_item``, ``search`` and ``likelihood`` are
     ``EvaluationResult`` objects in JSON.
     """
-    run_dir = Path(run_dir)
+    run_dir = path_of(run_dir)
     with trained(run_dir, tuple(overrides)) as (s, params, step):
         settings, data = s.config.evaluate, s.prepared.data
         cases = data.cases(split)
@@ -160,6 +161,8 @@ def evaluate(run_dir: str | Path, overrides: Sequence[str] = (), *, split: int =
             "statistics": s.prepared.manifest["statistics"],
             "steps": [asdict(step) for step in data.steps],
         }
+        if not hosts.first():
+            return payload
         folder = run_dir / "evaluation"
         name = file_name(protocol, split)
         write_json(folder / f"{name}.json", payload)
@@ -184,7 +187,7 @@ def evaluate_file(run_dir: str | Path, file: str | Path, *, split: int = TEST) -
     Raises:
         UserError: the folder is no run, or the file cannot be used; the message names the row.
     """
-    run_dir = Path(run_dir)
+    run_dir = path_of(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise UserError(
             f"{run_dir} is not a run: it has no config.yaml", remedy="give the folder that `instructrec train` printed"

@@ -20,7 +20,7 @@ from instructrec_jax import config as configs
 from instructrec_jax.config import ModelConfig
 from instructrec_jax.data.tokenizer import FILES as TOKENIZER_FILES
 from instructrec_jax.errors import UserError
-from instructrec_jax.files import write_json
+from instructrec_jax.files import path_of, write_json
 
 if TYPE_CHECKING:
     from instructrec_jax.models.architecture import Architecture
@@ -106,8 +106,8 @@ def export_hf(
 
     most = parse_size(max_shard)
     place = check_replaceable(out, overwrite)
-    if (Path(run_dir) / "config.yaml").is_file() and adapter:
-        _check_adapter(configs.load(Path(run_dir) / "config.yaml", overrides).model)
+    if (path_of(run_dir) / "config.yaml").is_file() and adapter:
+        _check_adapter(configs.load(path_of(run_dir) / "config.yaml", overrides).model)
     dtype = dtype or ("float32" if adapter else "bfloat16")
     with trained(run_dir, overrides) as (s, variables, step):
         _check_one_process()

@@ -18,6 +18,7 @@ import numpy as np
 from instructrec_jax.config import MeshConfig
 from instructrec_jax.data.tokenise import encode_prompt, pad_to, truncate
 from instructrec_jax.errors import UserError
+from instructrec_jax.files import path_of
 from instructrec_jax.instructions.example import InstructionExample
 from instructrec_jax.models.generate import GREEDY, Decoding
 from instructrec_jax.models.generate import generate as decode
@@ -194,7 +195,7 @@ def loaded(where: str | Path, *, system: str | None = None, dtype: str | None = 
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     from instructrec_jax.models.language_model import PLAIN, LanguageModel
 
-    if (Path(where) / "config.yaml").is_file():
+    if (path_of(where) / "config.yaml").is_file():
         from instructrec_jax.run import trained
 
         with trained(where) as (s, variables, _):

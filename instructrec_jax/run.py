@@ -19,6 +19,7 @@ from instructrec_jax.data.loader import training_iterator
 from instructrec_jax.data.schema import VALID, Cases
 from instructrec_jax.errors import ConfigError, UserError
 from instructrec_jax.evaluation.metrics import TargetRank, metrics_at, rank_of_target
+from instructrec_jax.files import path_of
 from instructrec_jax.instructions.build import Builder
 from instructrec_jax.instructions.example import InstructionExample
 from instructrec_jax.instructions.negatives import negatives_name, sample_negatives
@@ -26,9 +27,11 @@ from instructrec_jax.models import adapters, architecture
 from instructrec_jax.models.adapters import Tree
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import Sizes
-from instructrec_jax.models.sharding import RULES, padded
+from instructrec_jax.models.sharding import RULES, check_divides, padded, put
 from instructrec_jax.scoring import Request, Scorer
+from instructrec_jax.training import hosts
 from instructrec_jax.training.checkpoint import Checkpoints
+from instructrec_jax.training.goodput import Ledger
 from instructrec_jax.training.loop import Finished, train
 from instructrec_jax.training.mesh import make_mesh
 from instructrec_jax.training.step import init_model
@@ -64,8 +67,10 @@ class Session:
         method = self.config.train.eval_method
         return bool(self.sizes.items) if method == "auto" else method == "items"
 
-    def scorer(self, params: Any, *, batch_size: int | None = None) -> Scorer:
-        """A scorer of this data set with given parameters."""
+    def scorer(
+        self, params: Any, *, batch_size: int | None = None, between: Callable[[], None] = lambda: None
+    ) -> Scorer:
+        """A scorer of this data set with given parameters; ``between`` is called between its device batches."""
         data = self.prepared.data
         return Scorer(
             self.config.model,
@@ -78,6 +83,7 @@ class Session:
             data.catalogue.titles,
             batch_size=batch_size or self.config.evaluate.batch_size,
             language=self.language,
+            between=between,
         )
 
     def sequential_prompts(self, cases: Cases) -> list[InstructionExample]:
@@ -136,13 +142,14 @@ def session(config: Config) -> Iterator[Session]:
         if config.model.uses_items:
             users = padded(len(prepared.users.names), 64) if prepared.users.names else 0
             sizes = Sizes(vocab, rows, users, features.shape[1])
+        check_divides(arch, mesh.shape, mesh.shape["replica"] * mesh.shape["fsdp"], sizes.tables)
         yield Session(
             config,
             prepared,
             prepared.builder(config),
             arch,
             sizes,
-            jax.device_put(content, jax.NamedSharding(mesh, RULES.table_used)),
+            put(content, jax.NamedSharding(mesh, RULES.table_used)),
             folder,
         )
 
@@ -176,6 +183,7 @@ def _check_encoder_decoder(config: Config, arch: Architecture) -> None:
 
 def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
     """Train (or resume) a run of a prepared config."""
+    ledger = Ledger()
     with session(config) as s:
         valid = sample_cases(s.prepared.data.cases(VALID), config.train.eval_users, config.train.seed)
         if not len(valid):
@@ -193,8 +201,8 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
             prompts = s.prompts("describe", valid)
             lists = with_target(valid, frozen_negatives(s, valid, histories, 9)[1])
 
-        def validate(params: Any) -> dict[str, float]:
-            scorer = s.scorer(adapters.join(params, frozen))
+        def validate(params: Any, leave: Callable[[], None]) -> dict[str, float]:
+            scorer = s.scorer(adapters.join(params, frozen), between=leave)
             if s.by_items:
                 ranks = rank_cases(scorer, prompts, valid, histories)
             else:
@@ -212,6 +220,7 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
             seed=config.train.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            say=hosts.voice(say),
         )
         try:
             return train(
@@ -225,6 +234,7 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
                 frozen=frozen,
                 num_items=s.prepared.data.num_items,
                 validate=validate,
+                ledger=ledger,
                 say=say,
             )
         finally:
@@ -238,7 +248,7 @@ def trained(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Iterator[tu
     Raises:
         UserError: the folder is not a run, or has no complete checkpoint yet.
     """
-    run_dir = Path(run_dir)
+    run_dir = path_of(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise UserError(
             f"{run_dir} is not a run: it has no config.yaml", remedy="give the folder that `instructrec train` printed"

@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from instructrec_jax.errors import UserError
 from instructrec_jax.evaluation.metrics import top_lists
-from instructrec_jax.files import sha256
+from instructrec_jax.files import path_of, sha256
 from instructrec_jax.run import trained
 from instructrec_jax.score_input import Asked, Bad, Parser, check_suffix, examine, lines
 from instructrec_jax.score_parts import Parts
@@ -109,7 +109,7 @@ def score(
         manifest = {
             "requests": {"file": requests.name, "sha256": digest},
             "options": {**how, "k": count, "keep_seen": keep_seen, "shard_size": shard_size, "overrides": [*overrides]},
-            "run": {"config_sha256": sha256(Path(run_dir) / "config.yaml"), "step": step},
+            "run": {"config_sha256": sha256(path_of(run_dir) / "config.yaml"), "step": step},
         }
         with Parts.opened(out, manifest, restart) as parts:
             done = min(len(parts) * shard_size, number)

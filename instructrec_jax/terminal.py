@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from instructrec_jax.files import write_atomic
+
+if TYPE_CHECKING:
+    from instructrec_jax.samples import PackedRow
 
 
 def progress(label: str, expected: int, items: Iterator) -> Iterator:
@@ -85,6 +91,73 @@ def print_result(tree: dict[str, Any]) -> None:
                 + f", paired p = {c['p']:.3f}",
                 highlight=False,
             )
+
+
+SEGMENT_COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
+
+
+def print_batch(rows: list[PackedRow], shown: int, html: str | None) -> None:
+    """A packed batch: a colour for each segment, positions with a target underlined, soft tokens in brackets, padding dim."""
+    from rich.console import Console
+    from rich.style import Style
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 110, record=html is not None)
+    for number, row in enumerate(rows[:shown], start=1):
+        used = sum(len(tokens) for tokens in row.segments)
+        line = Text(f"row {number}: {len(row.segments)} segments, {used} tokens, {row.padding} padding\n", "bold")
+        for colour, tokens in zip(itertools.cycle(SEGMENT_COLOURS), row.segments):
+            for token in tokens:
+                soft = token["kind"] != "word"
+                style = Style(color=colour, bold=soft, underline=bool(token["loss"]), italic="text" in token["loss"])
+                line.append(f"⟦{token['text']}⟧" if soft else token["text"], style)
+        if row.padding:
+            line.append(f" ·{row.padding}· ", "dim")
+        console.print(line, end="\n\n")
+    places = sum(len(tokens) for row in rows for tokens in row.segments), sum(row.padding for row in rows)
+    console.print(
+        f"{len(rows)} rows, {100 * places[0] / sum(places):.1f} % useful. Each colour is one example; ⟦item or feature⟧; underlined: the "
+        "position predicts an item, underlined italic: words",
+        highlight=False,
+    )
+    if html is not None:
+        write_atomic(html, console.export_html(inline_styles=True))
+
+
+def print_plan(plan: Any, title: str) -> None:
+    """Bytes on each chip, what moves between them, operations and time; a ``training.plan.Plan``."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    frozen = f", {plan.frozen:,} are frozen" if plan.frozen else ""
+    console.print(f"[bold]{escape(title)}[/bold]: {plan.devices} devices, mesh {mesh}", highlight=False)
+    console.print(f"{plan.trained:,} parameters learn{frozen}", highlight=False)
+    table = Table("on each device", "", "GB")
+    table.columns[2].justify = "right"
+    for kind, sizes in (("stays", plan.stored), ("for a step", plan.working)):
+        for name, size in sizes.items():
+            table.add_row(name, kind, f"{size / 1e9:,.3f}")
+        table.add_section()
+    table.add_row("[bold]together[/bold]", "", f"[bold]{plan.total / 1e9:,.3f}[/bold]")
+    console.print(table)
+    if plan.moved:
+        table = Table("collectives of a step", "", "axis", "times", "GB on each device")
+        for column in table.columns[3:]:
+            column.justify = "right"
+        for m in plan.moved:
+            table.add_row(m.what, m.kind, m.axis, f"{m.count:,}", f"{m.bytes / 1e9:,.3f}")
+        console.print(table)
+    epoch = "" if plan.steps_per_epoch is None else f", {plan.steps_per_epoch:,} steps an epoch"
+    console.print(f"{plan.tokens:,} tokens and {plan.flops / 1e12:,.1f} TFLOP a step{epoch}", highlight=False)
+    if plan.chip is None:
+        console.print("memory and peak of these devices are not known", highlight=False)
+        return
+    seconds = f"{plan.seconds:.3g} s a step at 40 % of the peak, {plan.tokens / plan.seconds:,.0f} tokens/s"
+    console.print(seconds, highlight=False)
+    verdict = "[green]fits[/green]" if plan.fits else "[red]does not fit[/red]"
+    console.print(f"{verdict}: {plan.total / 1e9:,.2f} of {plan.chip.memory / 1e9:,.2f} GB", highlight=False)
 
 
 def escape(text: str) -> str:

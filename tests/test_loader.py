@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from instructrec_jax.config import InstructionConfig
 from instructrec_jax.data import loader, records, tokenizer
-from instructrec_jax.data.loader import Batch, TokenisedRecords, training_iterator, useful_share
+from instructrec_jax.data.loader import Batch, Remaining, TokenisedRecords, training_iterator, useful_share
 from instructrec_jax.data.records import Records
 from instructrec_jax.data.tokenise import FIELDS
 from instructrec_jax.data.tokenizer import Text
@@ -196,21 +198,59 @@ def test_a_state_can_be_kept_as_json(made):
 # ------------------------------------------------------------------------------------------------------------- processes
 
 
-def test_processes_read_disjoint_slices_that_are_everything(made):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_read_disjoint_slices_that_are_everything(made, processes):
+    """Of an epoch: each process has every n-th example of its order."""
     every = Counter(tokenised(made))
-    parts = []
-    for index in range(2):
-        stream = batches(made, rows=8, process_index=index, process_count=2)
+    order: list[bytes] = []  # of one process, by batches; an epoch's order within them does not matter here
+    stream = batches(made, rows=1)
+    while len(order) < len(Records(made[0])):
+        order.extend(segments(next(stream)))
+    assert Counter(order[: len(Records(made[0]))]) == every
+    for index in range(processes):
+        stream = batches(made, rows=4 * processes, process_index=index, process_count=processes)
         seen: list[bytes] = []
-        while len(seen) < 2 * len(every):  # four epochs of this slice
+        while len(seen) < len(Records(made[0])) // processes:
             batch = next(stream)
             assert batch["tokens"].shape == (4, LENGTH)
             seen.extend(segments(batch))
-        parts.append(set(seen))
-    twins = {example for example, times in every.items() if times > 1}
-    assert not (parts[0] & parts[1]) - twins
-    assert parts[0] | parts[1] == set(every)
-    assert abs(len(parts[0]) - len(parts[1])) <= 1 + len(twins)
+        own = Counter(order[index::processes])
+        assert Counter(seen) >= own if len(seen) >= sum(own.values()) else Counter(seen) <= own
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.integers(0, 5)), min_size=1, max_size=3))
+def test_another_number_of_processes_loses_and_repeats_nothing(made, phases):
+    """Any number of processes after any other, at any place of an epoch: an epoch still has each of its examples once."""
+    every, out, told = tokenised(made), [], []
+    states: list[dict] = []
+    for count, steps in [*phases, (1, None)]:  # at the end, one process takes what is left
+        streams = [batches(made, process_index=p, process_count=count, say=told.append) for p in range(count)]
+        for stream, own in zip(streams, states if len(states) == count else [None] * count):
+            if own:
+                stream.set_state(own)
+            elif states:
+                stream.deal(states)
+        holes = len(streams[0].get_state()["holes"])
+        while streams[0].get_state()["given"] < holes + len(every) if steps is None else steps:
+            out += [segment for stream in streams for segment in segments(next(stream))]
+            steps = None if steps is None else steps - 1
+        states = json.loads(json.dumps([stream.get_state() for stream in streams]))
+        for stream in streams:
+            stream.close()
+    counts = [count for count, _ in [*phases, (1, None)]]
+    assert len(told) == sum(after for before, after in pairwise(counts) if before != after)
+    full, found = len(out) // len(every), Counter(out)
+    assert full >= 1
+    for example, times in Counter(every).items():
+        assert times * full <= found[example] <= times * (full + 1)
+
+
+def test_a_hole_beyond_what_was_given_stays_a_hole():
+    left = Remaining((3, 5, 8, 9), 12)
+    assert left.after([1, 0]) == Remaining((5, 8, 9), 12)
+    assert left.after([0, 3]) == Remaining((3, 8, 12, 14), 15)  # its second, fourth and sixth place: 5, 9, 13
+    assert Remaining().after([4]) == Remaining((), 4)
+    assert Remaining().after([3, 1]) == Remaining((3, 5), 6)
 
 
 @pytest.mark.parametrize(("rows", "processes"), [(5, 2), (8, 3), (1, 2)])

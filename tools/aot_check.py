@@ -1,12 +1,15 @@
 """Compile for a TPU on a machine that has none, and say what it takes: bytes, operations, and the time that follows from them.
 
+    python tools/aot_check.py configs/aot/qwen3_0.6b_full_v5e16.yaml         # the training step, on the chips that it names
+    python tools/aot_check.py configs/ml_1m.yaml --chips v5e-4 --items 3500  # on others
     python tools/aot_check.py --scorer                                       # Qwen3-0.6B on one chip of v5e and of v6e
     python tools/aot_check.py --scorer --model smollm2-360m --prefix 300 --candidates 10 --tokens 30 --topology v5p:1x1x1
 
 Needs libtpu, which holds the compiler and runs without a chip: ``pip install -e '.[tpu]'``. Weights are shapes, so any model of
 ``instructrec model show`` can be asked for, and no memory is used but the compiler's.
 
-Bytes are the compiler's own account of its executable. Operations and bytes moved are counted (``tools/aot_scorer.py: Costs``), and the
+Of a training step are told: bytes on each chip, the largest batch that fits, and the collectives counted in the module
+(``tools/aot_train.py``). Bytes are the compiler's own account of its executable. The scorer's operations and bytes moved are counted (``tools/aot_scorer.py: Costs``), and the
 times are computed from them and from the vendors' figures: nothing here was measured on a chip.
 
 Exit status: 0, 1 if something does not fit the chip's memory, 2 for a mistake in the arguments.
@@ -19,7 +22,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -28,35 +31,20 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu asks the cloud's metadata server which machine this is
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # the lock is for chips
 
+import aot_train
 from aot_scorer import LAYOUTS, Call, Workload, run
 
+from instructrec_jax import config as configs
 from instructrec_jax.config import ModelConfig
 from instructrec_jax.errors import UserError, did_you_mean
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.hf.sizes import find
-from instructrec_jax.training.log import PEAKS
+from instructrec_jax.training.chips import CHIPS, GIB, Chip, topology_of
 
-GIB = 2**30
 UTILISATION = 0.4  # of the peak that a good kernel reaches in serving
 GOAL = ("v6e", 25.0)  # ms of device time for a request of 100 candidates
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What the vendor publishes: dense bf16 operations a second, bytes a second between memory and chip, bytes of memory."""
-
-    peak: float
-    bandwidth: float
-    memory: int
-
-
-CHIPS = {
-    "v5e": Chip(PEAKS["v5e"], 819e9, 16 * GIB),
-    "v5p": Chip(PEAKS["v5p"], 2765e9, 95 * GIB),
-    "v6e": Chip(PEAKS["v6"], 1640e9, 32 * GIB),
-    "h100": Chip(PEAKS["h100"], 3350e9, 80 * GIB),  # for comparison with what is published; nothing is compiled for it
-}
 # SGLang's multi-item scoring (pull request 9748): Qwen3-0.6B, prompts of 300 tokens, 10 items a request, P99 <= 500 ms.
 PUBLISHED = {"system": "SGLang multi-item scoring, Qwen3-0.6B, one H100", "items_per_second": 1000.0}
 
@@ -64,25 +52,36 @@ PUBLISHED = {"system": "SGLang multi-item scoring, Qwen3-0.6B, one H100", "items
 def arguments_of(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parsed and checked arguments; exits with status 2 if they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", nargs="+", default=["v5e:1x1", "v6e:1x1"], metavar="CHIP:SHAPE",
-                        help="like v5e:1x1, v6e:1x1, v5p:1x1x1 (default: the first two)")  # fmt: skip
+    parser.add_argument("config", nargs="?", help="of a run: compile its training step")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    train = parser.add_argument_group("a training step", "--section.key value changes a setting of the config")
+    train.add_argument("--chips", help="like v5e-16 or v5e-16x2 (default: the config's mesh.chips)")
+    train.add_argument("--sequences", type=_positive, nargs="+", default=[4, 16], metavar="N",
+                       help="on each chip, beside the config's own batch (default 4 16)")  # fmt: skip
+    train.add_argument("--no-search", action="store_true", help="do not look for the largest batch")
+    train.add_argument(
+        "--users", type=_positive, default=0, help="values of user features, with item tokens (default 0)"
+    )
     scorer = parser.add_argument_group("the scorer, on one chip")
+    scorer.add_argument("--topology", nargs="+", default=["v5e:1x1", "v6e:1x1"], metavar="CHIP:SHAPE",
+                        help="like v5e:1x1, v6e:1x1, v5p:1x1x1 (default: the first two)")  # fmt: skip
     scorer.add_argument("--scorer", action="store_true", help="compile what scoring candidates runs")
     scorer.add_argument("--model", default="qwen3-0.6b", help="known name, or folder with a config.json")
     scorer.add_argument("--prefix", type=_positive, default=300, help="tokens of a prompt (default 300)")
     scorer.add_argument("--candidates", type=_positive, default=100, help="of a request (default 100)")
     scorer.add_argument("--tokens", type=_positive, default=30, help="of a candidate (default 30)")
     scorer.add_argument(
-        "--items", type=_positive, default=10_000, help="of the catalogue (layout trie; default 10,000)"
+        "--items", type=_positive, default=10_000, help="of the catalogue (layout trie, item tokens; default 10,000)"
     )
     scorer.add_argument("--requests", type=_positive, nargs="+", default=[1, 16],
                         help="that arrive at one time (default 1, and then 16)")  # fmt: skip
     scorer.add_argument("--rows", type=_positive, help="packed rows, and prompts, in a batch (default: the scorer's)")
     scorer.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: all")
-    arguments = parser.parse_args(argv)
-    if not arguments.scorer:
-        parser.error("say what to compile: --scorer")
+    arguments, arguments.overrides = parser.parse_known_args(argv)
+    if arguments.scorer == bool(arguments.config):
+        parser.error("say what to compile: a config, or --scorer")
+    if arguments.scorer and arguments.overrides:
+        parser.error(f"unrecognized arguments: {' '.join(arguments.overrides)}")
     return arguments
 
 
@@ -115,12 +114,17 @@ def device_of(topology: str) -> Any:
     from jax.errors import JaxRuntimeError
     from jax.experimental import topologies
 
-    if find_spec("libtpu") is None:
-        raise UserError("libtpu, which holds the compiler, is not installed", remedy="pip install -e '.[tpu]'")
+    need_compiler()
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     except JaxRuntimeError as error:
         raise UserError(f"{topology}: {error}", remedy="a shape like v5e:1x1 or v5p:1x1x1") from None
+
+
+def need_compiler() -> None:
+    """Raises UserError where libtpu is not installed."""
+    if find_spec("libtpu") is None:
+        raise UserError("libtpu, which holds the compiler, is not installed", remedy="pip install -e '.[tpu]'")
 
 
 def times(calls: Sequence[Call], chip: Chip, work: Workload, layout: str) -> dict[str, float]:
@@ -214,10 +218,37 @@ def verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def check_training(arguments: argparse.Namespace) -> int:
+    """Compile a config's training step and print what it takes; returns the exit status.
+
+    Raises:
+        UserError: the config, the chips or the plan is wrong.
+    """
+    config = configs.load(arguments.config, arguments.overrides)
+    name = arguments.chips or config.mesh.chips
+    if not name:
+        raise UserError(f"{arguments.config} names no chips", remedy="--chips v5e-16, or mesh.chips in the config")
+    topology = topology_of(name)
+    need_compiler()
+    found = aot_train.check(
+        config, topology, arguments.sequences, items=arguments.items, users=arguments.users,
+        search=not arguments.no_search, say=lambda line: print(f"  {line}", file=sys.stderr),
+    )  # fmt: skip
+    print(aot_train.report(found))
+    if arguments.json:
+        compiled = {rows: asdict(c) for rows, c in found.compiled.items()}
+        told = {"benchmark": "aot_check", "measured": False, "config": arguments.config, "chips": name}
+        versions = {"jax": version("jax"), "libtpu": version("libtpu")}
+        print(json.dumps({**told, "fits": found.fits, "compiled": compiled, "ratios": found.ratios, **versions}))
+    return 0 if found.fits else 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile and print; returns the exit status."""
     arguments = arguments_of(argv)
     try:
+        if arguments.config:
+            return check_training(arguments)
         arch = find(arguments.model)
         options = ModelConfig(dropout=0.0, item_dropout=0.0, dtype="bfloat16", param_dtype="bfloat16")
         rows = []

@@ -17,13 +17,13 @@ from instructrec_jax.evaluation import figures
 from instructrec_jax.evaluation import report_text as text
 from instructrec_jax.evaluation.report_run import AGAIN, PARTS, Evaluation, Run, read_run
 from instructrec_jax.evaluation.table import HIGHER_IS_BETTER, Comparison, Estimate, EvaluationResult, Summary
-from instructrec_jax.files import write_atomic
+from instructrec_jax.files import path_of, write_atomic
 
 REPORT = "report.html"
 _SHOWN_HISTORY = 8
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: str | Path) -> Path:
     """Write ``run_dir/report.html`` from what is in the run directory and return its path.
 
     The same files give the same bytes.
@@ -32,7 +32,7 @@ def write_report(run_dir: Path) -> Path:
         UserError: Matplotlib is missing, or ``run_dir`` is not a run directory.
         DataError: a file of the run is not what the commands write; the message names it.
     """
-    run_dir = Path(run_dir)
+    run_dir = path_of(run_dir)
     figures.require_matplotlib()
     run = read_run(run_dir)
     path = run_dir / REPORT

@@ -13,6 +13,7 @@ from instructrec_jax.config import ModelConfig
 from instructrec_jax.models import attention
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.parts import dropout, norm, project
+from instructrec_jax.models.remat import named, rematerialised
 from instructrec_jax.models.sharding import RULES
 
 KeysValues = tuple[Float[Array, "*L B T K H"], Float[Array, "*L B T K H"]]
@@ -51,11 +52,33 @@ class Block(nn.Module):
             The residual stream, and keys and values ``[B, S, K, H]`` of the new positions (``self``) and of the encoder (``cross``).
         """
         a = self.arch
-        kept = {}
+        # Computed again by itself, attention is not held while the MLP's gradients are.
+        attend = nn.remat(Block._attention) if self.options.remat == "least" else Block._attention
+        x, keys_values = attend(self, x, own, shared)
+        kept = {"self": keys_values}
+        if a.kind == "encoder-decoder" and self.decoder:
+            with jax.named_scope("cross_attention"):
+                y = self._norm("cross_norm", x)
+                q = self._project(
+                    "cross_query", y, "bsd,dkgh->bskgh", self._q_shape, RULES.query_dkgh, RULES.heads_bskgh
+                )
+                kept["cross"] = own["cross"] if "cross" in own else self._cross(shared["encoded"])
+                k, v = kept["cross"]
+                heads = attention.attend_memory(q, k, v, shared["cross_mask"], scale=a.query_scale)
+                x = x + dropout(self, self._out(heads, "cross_output"), self.options.residual_dropout, self.train)
+        with jax.named_scope("mlp"):
+            y = self._norm("mlp_norm", x) if a.placement != "post" else x
+            x = self._add(x, self._mlp(y), "mlp")
+        return x, kept
+
+    # -------------------------------------------------------------------------------------------------------- the parts
+
+    def _attention(self, x: jax.Array, own: dict[str, Any], shared: dict[str, Any]) -> tuple[jax.Array, KeysValues]:
+        """The residual sum with self-attention, and its keys and values."""
+        a = self.arch
         with jax.named_scope("attention"):
             y = self._norm("attention_norm", x) if a.placement != "post" else x
             q, k, v = self._heads(y, own, shared)
-            kept["self"] = (k, v)
             past = []
             for name in ("past", "recent"):
                 if name in own:
@@ -73,23 +96,7 @@ class Block(nn.Module):
                 softcap=a.attention_softcap,
                 path=self.options.attention,
             )
-            x = self._add(x, self._out(heads, "output"), "attention")
-        if a.kind == "encoder-decoder" and self.decoder:
-            with jax.named_scope("cross_attention"):
-                y = self._norm("cross_norm", x)
-                q = self._project(
-                    "cross_query", y, "bsd,dkgh->bskgh", self._q_shape, RULES.query_dkgh, RULES.heads_bskgh
-                )
-                kept["cross"] = own["cross"] if "cross" in own else self._cross(shared["encoded"])
-                k, v = kept["cross"]
-                heads = attention.attend_memory(q, k, v, shared["cross_mask"], scale=a.query_scale)
-                x = x + dropout(self, self._out(heads, "cross_output"), self.options.residual_dropout, self.train)
-        with jax.named_scope("mlp"):
-            y = self._norm("mlp_norm", x) if a.placement != "post" else x
-            x = self._add(x, self._mlp(y), "mlp")
-        return x, kept
-
-    # -------------------------------------------------------------------------------------------------------- the parts
+            return self._add(x, self._out(named("context", heads), "output"), "attention"), (k, v)
 
     @property
     def _q_shape(self) -> tuple[int, ...]:
@@ -122,7 +129,7 @@ class Block(nn.Module):
         if a.positions == "rotary":
             table = self._of_layer("angles", own, shared)
             q, k = attention.rotate(q, table), attention.rotate(k, table)
-        return q, k, v
+        return named("qkv", q, k, v)
 
     def _cross(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array]:
         a = self.arch
@@ -170,12 +177,6 @@ class Block(nn.Module):
         return jax.tree.map(lambda there, here: jnp.where(own["local"], there, here), local, shared[name])
 
 
-_REMAT = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
 def stack(
     arch: Architecture,
     options: ModelConfig,
@@ -192,7 +193,7 @@ def stack(
 
     Call it inside a compact method: the layers become children ``name`` (scanned) or ``layer_0``, ``layer_1``, ... of that module.
     """
-    block = Block if options.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_REMAT[options.remat])
+    block = rematerialised(Block, options.remat)
     if options.scan_layers:
         axes: Any = (0, nn.broadcast)
         scanned = nn.scan(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.block import KeysValues
-from instructrec_jax.models.sharding import RULES, lookup
+from instructrec_jax.models.sharding import RULES, gathered, lookup
 
 
 class Sizes(NamedTuple):
@@ -20,6 +20,11 @@ class Sizes(NamedTuple):
     items: int = 0  # I; 0 = a plain language model
     features: int = 0  # user-feature rows
     content: int = 0  # width of the item features
+
+    @property
+    def tables(self) -> dict[str, int]:
+        """Rows of the tables, by name; all are sharded over ``tensor``."""
+        return {"words": self.vocab, "items": self.items, "user features": self.features}
 
 
 class Memory(NamedTuple):
@@ -73,7 +78,7 @@ def rerank_logits(hidden: Float[Array, "B S D"], candidates: Int[Array, "B S C"]
 
 def word_logits(hidden: Float[Array, "B S D"], out: Output, arch: Architecture) -> Float[Array, "B S V"]:
     """Logits over the vocabulary, float32; rows that only pad the table are -1e30."""
-    head = out.word_head.astype(jnp.float32)
+    head = gathered(out.word_head, RULES.table_vd).astype(jnp.float32)
     logits = jnp.einsum("bsd,vd->bsv", hidden.astype(jnp.float32), head, out_sharding=RULES.logits_bsv)
     logits = _finish(logits, out.word_bias, arch)
     if logits.shape[-1] == arch.vocab:
@@ -85,7 +90,7 @@ def chosen_logits(
     hidden: Float[Array, "B S D"], token: Int[Array, "B S"], out: Output, arch: Architecture
 ) -> Float[Array, "B S"]:
     """The logit of one word per position, float32, from the word's own row: nothing is picked from [B, S, V]."""
-    row = lookup(out.word_head, token).astype(jnp.float32)
+    row = lookup(gathered(out.word_head, RULES.table_vd), token).astype(jnp.float32)
     bias = None if out.word_bias is None else lookup(out.word_bias[:, None], token)[..., 0]
     return _finish(jnp.sum(hidden.astype(jnp.float32) * row, axis=-1), bias, arch)
 

@@ -41,9 +41,9 @@ from instructrec_jax.models.heads import (
     word_log_prob,
     word_logits,
 )
-from instructrec_jax.models.parts import dropout, norm, param
+from instructrec_jax.models.parts import dropout, norm, normal, param
 from instructrec_jax.models.rows import Batch, plain_batch, split_rows, start_row
-from instructrec_jax.models.sharding import MESH_AXES, RULES, lookup, padded
+from instructrec_jax.models.sharding import MESH_AXES, RULES, gathered, lookup, lookup_stored, padded
 
 PLAIN = ModelConfig(dropout=0.0, item_dropout=0.0)
 
@@ -88,10 +88,8 @@ class LanguageModel(nn.Module):
         a, o = self.arch, self.options
         s = self.sizes or Sizes(padded(a.vocab))
         dtype = jnp.dtype(o.dtype)
-        words = param(self, "words", 0.02, (s.vocab, a.width), RULES.table_vd, o.param_dtype)
-        head = (
-            words if a.tied_head else param(self, "word_head", 0.02, (s.vocab, a.width), RULES.table_vd, o.param_dtype)
-        )
+        words = self._word_table("words", s)
+        head = words if a.tied_head else self._word_table("word_head", s)
         head_bias = param(self, "word_bias", 0.0, (s.vocab,), RULES.vector_v) if a.head_bias else None
         item_bias = vectors = direction = rerank_bias = None
         if s.items:
@@ -126,6 +124,12 @@ class LanguageModel(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------- embeddings
 
+    def _word_table(self, name: str, s: Sizes) -> jax.Array:
+        """[V, D]: in training as it is stored, for its rows and the loss take it so; else gathered, once for all that is read from it."""
+        o, shape, rule = self.options, (s.vocab, self.arch.width), RULES.table_vd
+        table = self.param(name, lambda key: normal(key, 0.02, shape, rule, o.param_dtype))
+        return table if self.train else gathered(table, rule)
+
     def _item_vectors(self, content: jax.Array | None, s: Sizes) -> jax.Array:
         """f_i = W c_i + e_i, [I, D]."""
         a = self.arch
@@ -142,7 +146,7 @@ class LanguageModel(nn.Module):
     def _embed(self, batch: Batch, words: jax.Array, vectors: jax.Array | None, s: Sizes) -> jax.Array:
         """Word, item and feature tokens (and learned positions) as vectors [B, S, D]."""
         a = self.arch
-        x = lookup(words, batch["tokens"])
+        x = lookup_stored(words, batch["tokens"], self.options.dtype) if self.train else lookup(words, batch["tokens"])
         if a.embed_scale != 1.0:
             x = x * jnp.asarray(a.embed_scale, x.dtype)
         if vectors is not None and "item" in batch:

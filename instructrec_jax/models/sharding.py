@@ -7,11 +7,14 @@ the gradient flows back through the same reshard as a reduce-scatter.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax import P
+from jax.experimental import multihost_utils
 
 from instructrec_jax.errors import ConfigError
 
@@ -61,6 +64,20 @@ class Rules:
 RULES = Rules()
 
 
+def put(value: np.ndarray, sharding: jax.NamedSharding) -> jax.Array:
+    """A host array that every process has, on the mesh. (Between processes ``jax.device_put`` would compare their copies each time.)"""
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def fetch(x: Any) -> np.ndarray:
+    """The whole of an array on the mesh, on the host of every process; all of them call it."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
 def gathered(w: jax.Array, stored: P) -> jax.Array:
     """``w`` without its ``fsdp`` sharding: what a contraction over it needs."""
     return jax.reshard(w, P(*(None if axis == "fsdp" else axis for axis in stored)))
@@ -71,22 +88,43 @@ def lookup(table: jax.Array, ids: jax.Array, out: P = RULES.act_bsd) -> jax.Arra
     return table.at[ids].get(out_sharding=out)
 
 
+def lookup_stored(table: jax.Array, ids: jax.Array, dtype: str) -> jax.Array:
+    """Rows ``[B, S, D]``, in ``dtype``, of a table ``[V, D]`` as it is stored: the table is never gathered.
+
+    Every device looks up its part of D for the ids of all devices along ``fsdp``, and the parts change places (an all-to-all): what
+    is moved is the rows alone. Their gradient comes back the same way, and is added up in the table's type.
+    """
+    replica, fsdp = "replica", "fsdp"
+    everywhere = jax.reshard(ids, P(replica, None))
+    part = table.at[everywhere].get(out_sharding=P(replica, None, fsdp)).astype(dtype)
+    return jax.reshard(part, RULES.act_bsd)
+
+
 def rows_by_index(x: jax.Array, order: jax.Array) -> jax.Array:
     """``x[b, order[b]]`` for each row: ``[B, S, ...]`` reordered along S, local to every shard of the batch."""
     return jax.vmap(lambda row, index: row.at[index].get())(x, order)
 
 
-def check_divides(model: Shape, sizes: dict[str, int], batch_size: int) -> None:
+def check_divides(
+    model: Shape, sizes: Mapping[str, int], batch_size: int, tables: Mapping[str, int] | None = None
+) -> None:
     """Refuse a plan that does not divide, naming axis, number and the nearest mesh size that works.
 
+    Args:
+        model: its dimensions.
+        sizes: of the mesh's axes.
+        batch_size: rows of a micro-batch.
+        tables: rows of the tables of words, items and user features, by name.
+
     Raises:
-        ConfigError: a model dimension or the batch does not divide by the mesh axis that shards it.
+        ConfigError: a model dimension, a table or the batch does not divide by the mesh axis that shards it.
     """
     fsdp, tensor = sizes["fsdp"], sizes["tensor"]
     demands = [
         ("model.width", model.width, "fsdp", fsdp),
         ("model.kv_heads", model.kv_heads, "tensor", tensor),
         ("model.mlp_width", model.mlp_width, "tensor", tensor),
+        *((f"the table of {name}", rows, "tensor", tensor) for name, rows in (tables or {}).items()),
         ("train.batch_size (per micro-batch)", batch_size, "replica x fsdp", sizes["replica"] * fsdp),
     ]
     for name, number, axis, size in demands:

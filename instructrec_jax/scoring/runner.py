@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -13,7 +13,7 @@ from instructrec_jax.data.tokenise import pad_to
 from instructrec_jax.errors import UserError
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import Sizes
-from instructrec_jax.models.sharding import BATCH
+from instructrec_jax.models.sharding import BATCH, fetch, put
 from instructrec_jax.scoring.buckets import bucket, groups_by_length
 from instructrec_jax.scoring.forest import cut, stacked
 from instructrec_jax.scoring.kernel import Kernel, Read
@@ -47,10 +47,11 @@ class Runner:
         row_tokens: int | None,
         rows: int | None,
         layout: Layout,
+        between: Callable[[], None] = lambda: None,
     ):
         if layout not in ("auto", "packed", "batched"):
             raise UserError(f"unknown layout {layout!r}", remedy="auto, packed or batched")
-        self.params, self.content, self.layout = params, content, layout
+        self.params, self.content, self.layout, self._between = params, content, layout, between
         self._arch, self._cost = arch, Cost.of(arch)
         self.encodes = arch.kind == "encoder-decoder"
         self.kernel = Kernel(config, arch, sizes, num_items)
@@ -66,13 +67,15 @@ class Runner:
     def items(self, prompts: list[Prompt]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(indices of some prompts, their log probabilities over the padded catalogue)."""
         for group in groups_by_length([len(p["tokens"]) for p in prompts], self._batch_size):
+            self._between()
             batch, last = self._prompt_batch([prompts[i] for i in group], self._batch_size, 16)
-            yield group, np.asarray(self.kernel.items(self.params, batch, last, self.content))
+            yield group, fetch(self.kernel.items(self.params, batch, last, self.content))
 
     def reranked(self, prompts: list[Prompt], lists: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
         """(index of a prompt, re-ranking logits of its list of catalogue indices), for lists that are not empty."""
         asked = [i for i, items in enumerate(lists) if len(items)]
         for group in groups_by_length([len(prompts[i]["tokens"]) for i in asked], self._batch_size):
+            self._between()
             chosen = [asked[i] for i in group]
             batch, last = self._prompt_batch([prompts[i] for i in chosen], self._batch_size, 16)
             most = bucket(max(len(lists[i]) for i in chosen), SHORTEST, steps=1)
@@ -80,7 +83,7 @@ class Runner:
             for row, i in enumerate(chosen):
                 candidates[row, : len(lists[i])] = lists[i]
             on_mesh = self.put({"candidates": candidates})["candidates"]
-            logits = np.asarray(self.kernel.rerank(self.params, batch, last, on_mesh, self.content))
+            logits = fetch(self.kernel.rerank(self.params, batch, last, on_mesh, self.content))
             for row, i in enumerate(chosen):
                 yield i, logits[row, : len(lists[i])]
 
@@ -131,7 +134,8 @@ class Runner:
                 )  # fmt: skip
                 pending.append((part.leaves, scores))  # dispatched: the host goes on with the next rows
         for places, scores in pending:
-            found = np.asarray(scores)
+            self._between()
+            found = fetch(scores)
             for number, row, leaf in places:
                 out.append((number, found[row, leaf : leaf + len(by_number[number].forest.leaf_token)]))
         return out
@@ -153,9 +157,8 @@ class Runner:
             room = -(-bucket(most, ROOM, steps=1) // at_once) * at_once
             number = np.int32(-(-most // at_once) * at_once)
             blocks = self.put(stacked([cuts[i] for i in group], prompts, room))
-            found = np.asarray(
-                self.kernel.blocks(self.params, read, blocks, number, self.content, group=at_once, raw=raw)
-            )
+            self._between()
+            found = fetch(self.kernel.blocks(self.params, read, blocks, number, self.content, group=at_once, raw=raw))
             out += [(jobs[i].number, found[row, cuts[i].slot]) for row, i in enumerate(group)]
         return out
 
@@ -190,8 +193,7 @@ class Runner:
         rows = len(next(iter(batch.values())))
         first = BATCH if rows % self._shards == 0 else None
         return {
-            k: jax.device_put(v, jax.NamedSharding(self._mesh, jax.P(first, *(None,) * (v.ndim - 1))))
-            for k, v in batch.items()
+            k: put(v, jax.NamedSharding(self._mesh, jax.P(first, *(None,) * (v.ndim - 1)))) for k, v in batch.items()
         }
 
     @property
@@ -212,7 +214,7 @@ class Runner:
         tree, widths = trie.edges_on(self._mesh)
         mask = self.put({"allowed": _grown(allowed, read, trie)})["allowed"]
         found = self.kernel.beams(self.params, read, tree, mask, self.content, widths=widths, beams=beams)
-        return np.asarray(found[0]), np.asarray(found[1])
+        return fetch(found[0]), fetch(found[1])
 
 
 def _grown(allowed: np.ndarray, read: Read, trie: CatalogueTrie) -> np.ndarray:

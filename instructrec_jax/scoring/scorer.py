@@ -16,7 +16,7 @@ and candidate are tokenised apart, so the border between them is a token border 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from instructrec_jax.errors import UserError, did_you_mean
 from instructrec_jax.instructions.example import InstructionExample
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import Sizes
+from instructrec_jax.models.sharding import fetch
 from instructrec_jax.scoring.forest import Forest
 from instructrec_jax.scoring.prepare import Normalise, Prepared, prepare
 from instructrec_jax.scoring.requests import Candidates, Reader, Ready, Request
@@ -58,6 +59,9 @@ class Scorer:
         rows: packed rows per device in one batch; None = 1 on a CPU, 16 elsewhere.
         layout: "packed", "batched", or what the cost model says of each request.
         language: of the words that ``labels`` and ``yesno`` put behind a prompt.
+        between: called between device batches; what it raises ends the scoring.
+
+    With several processes all make the same calls, with the same requests, and all get the scores.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Scorer:
         rows: int | None = None,
         layout: Layout = "auto",
         language: str = "en",
+        between: Callable[[], None] = lambda: None,
     ):
         self._num_items, self._has_items = num_items, bool(sizes.items)
         self._has_rerank = self._has_items and config.rerank_head
@@ -86,7 +91,7 @@ class Scorer:
         )
         self.runner = Runner(
             config, arch, sizes, params, content, num_items,
-            batch_size=batch_size, row_tokens=row_tokens, rows=rows, layout=layout,
+            batch_size=batch_size, row_tokens=row_tokens, rows=rows, layout=layout, between=between,
         )  # fmt: skip
         self._prior: dict[tuple[int, ...], float] = {}
         self._trie: CatalogueTrie | None = None
@@ -156,7 +161,7 @@ class Scorer:
         scores, items = np.zeros((len(prompts), k), np.float32), np.zeros((len(prompts), k), np.int64)
         for group, read in self.runner.read([self.reader.prompt(p) for p in prompts]):
             found = self.runner.every(read, self.trie, None if allowed is None else allowed[group], rank=k)
-            scores[group], items[group] = (np.asarray(x)[: len(group)] for x in found)
+            scores[group], items[group] = (fetch(x)[: len(group)] for x in found)
         return scores, items
 
     def beam_search(
@@ -217,7 +222,7 @@ class Scorer:
     def _by_likelihood(self, p: Prepared) -> list[np.ndarray]:
         out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(p.ready)
         for group, read in self.runner.read(p.prompts):
-            scores = np.asarray(self.runner.every(read, self.trie, None, rank=0))
+            scores = fetch(self.runner.every(read, self.trie, None, rank=0))
             for row, i in enumerate(group):
                 items = p.ready[p.asked[i]].items
                 out[p.asked[i]] = scores[row, : self._num_items] if items is None else scores[row, items]

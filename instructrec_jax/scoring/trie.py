@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from instructrec_jax.models.sharding import put
 from instructrec_jax.scoring.buckets import bucket
 from instructrec_jax.scoring.constrained import Edges, Widths, edges
 from instructrec_jax.scoring.forest import Forest, cut, stacked
@@ -62,14 +63,16 @@ class CatalogueTrie:
             slots[: len(leaf)] = np.where(leaf >= 0, self.blocks.slot[leaf] if len(self.blocks.slot) else -1, -1)
             number = np.int32(-(-n // self.group) * self.group)
             everywhere = jax.NamedSharding(mesh, jax.P())
-            self._device = (mesh, *jax.device_put((arrays, slots, number), everywhere))
+            on_mesh = jax.tree.map(lambda x: put(np.asarray(x), everywhere), (arrays, slots, number))
+            self._device = (mesh, *on_mesh)
         return self._device[1:]
 
     def edges_on(self, mesh: jax.sharding.Mesh) -> tuple[Edges, Widths]:
         """The trie as edges on every device of the mesh, for a beam search."""
         if self._edges is None or self._edges[0] is not mesh:
             tree, widths = edges(self.forest, self.capacity)
-            self._edges = (mesh, jax.device_put(tree, jax.NamedSharding(mesh, jax.P())), widths)
+            everywhere = jax.NamedSharding(mesh, jax.P())
+            self._edges = (mesh, jax.tree.map(lambda x: put(np.asarray(x), everywhere), tree), widths)
         return self._edges[1:]
 
     def items_of(

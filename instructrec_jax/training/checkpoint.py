@@ -1,6 +1,7 @@
 """Checkpoints by Orbax: the state, the loader's position and the resolved config, saved together and asynchronously.
 
-A step that was interrupted while saving has no commit marker and is not seen by ``latest``; the run resumes from the last complete one.
+A step that was interrupted while saving has no commit marker and is not seen by ``latest``; the run resumes from the last complete one,
+on any mesh and any number of processes.
 """
 
 from __future__ import annotations
@@ -13,31 +14,44 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from instructrec_jax.errors import UserError
+from instructrec_jax.files import in_bucket, path_of
+from instructrec_jax.training import hosts
 
 METRIC = "ndcg@10"
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest ``keep`` and the best by validation NDCG@10."""
+    """The checkpoints of one run: the newest ``keep``, the best by validation NDCG@10, and those of every ``keep_every`` steps.
 
-    def __init__(self, folder: str | Path, keep: int = 2):
+    Args:
+        folder: on a disk that all processes see, or in a bucket (``gs://``).
+        keep, keep_every: see ``TrainConfig``.
+        clean: remove what killed saves have left; only for the one run that writes here.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2, keep_every: int = 0, *, clean: bool = False):
         from orbax.checkpoint import v1 as ocp
 
         logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every phase of every save at INFO
-        self.folder = Path(folder).absolute()
+        self.folder = path_of(folder) if in_bucket(folder) else Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         policies = ocp.training.preservation_policies
         keepers = [
             policies.LatestN(keep),
             policies.BestN(get_metric_fn=lambda m: m[METRIC], n=1, keep_checkpoints_without_metrics=False),
         ]
+        if keep_every:
+            keepers.append(policies.EveryNSteps(keep_every))
         self._checkpointer = ocp.training.Checkpointer(
             str(self.folder),
             # (Orbax's policies are structural types that its own annotations do not match.)
             save_decision_policy=cast(Any, ocp.training.save_decision_policies.FixedIntervalPolicy(1)),
             preservation_policy=cast(Any, policies.AnyPreservationPolicy(keepers)),
+            cleanup_tmp_directories=clean,
         )
 
     def latest(self) -> int | None:
@@ -58,13 +72,17 @@ class Checkpoints:
         return {int(c.step): dict(cast(Any, c.metrics) or {}) for c in self._checkpointer.checkpoints}
 
     def save(self, step: int, state: Any, loader: Any, config: dict, metrics: dict[str, float] | None) -> None:
-        """Start an asynchronous save (waits for the previous one). A failure surfaces at the next ``save`` or at ``close``."""
+        """Start an asynchronous save (waits for the previous one). A failure surfaces at the next ``save`` or at ``close``.
+
+        A step that is there already is replaced: one that was saved before its validation was over.
+        """
         self._checkpointer.save_checkpointables_async(
             step,
             {"state": state, "loader": loader},
             metrics=cast(Any, metrics or None),
             custom_metadata={"config": config},
             force=True,
+            overwrite=self.latest() == step,
         )
 
     def restore(self, step: int, state: Any, loader: Any) -> Any:
@@ -93,27 +111,67 @@ class Checkpoints:
 
 
 def check_writable(folder: str | Path, needed_bytes: int) -> None:
-    """Write and remove a small file, and compare free space with what two checkpoints need: fail before the first step.
+    """Write and remove a small file, and compare free space with what the checkpoints need: fail before the first step.
+
+    Every process calls it, and all of them fail if one does.
 
     Raises:
-        UserError: the folder cannot be written, or the disk has too little room; both numbers are given.
+        UserError: the folder cannot be written, the disk has too little room (both numbers are given), or the processes do not see
+            the same folder.
     """
-    folder = Path(folder)
+    folder = path_of(folder)
+    problem = _unwritable(folder, needed_bytes)
+    failed = hosts.all_agree(problem is None)
+    if problem:
+        raise problem
+    if failed:
+        raise UserError(f"process {failed[0]} cannot write its checkpoints", remedy="see what it said")
+    if jax.process_count() > 1:
+        _check_shared(folder)
+
+
+def _unwritable(folder: Path, needed_bytes: int) -> UserError | None:
     probe = folder / f".probe-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
     except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror}", remedy="choose another folder with --runs"
-        ) from error
+        return UserError(
+            f"cannot write to {folder}: {error.strerror or error}", remedy="choose another folder with --runs"
+        )
+    except Exception as error:  # of the object store's client, or that there is none
+        return UserError(
+            f"cannot write to {folder}: {error}",
+            remedy="pip install 'instructrec_jax[gcs]', sign in (gcloud auth application-default login), and give the account the "
+            "role storage.objectAdmin on the bucket",
+        )
     finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
+        with contextlib.suppress(Exception):
+            probe.unlink(missing_ok=True)
+    if in_bucket(folder):
+        return None
     stats = os.statvfs(folder)
     free = stats.f_bavail * stats.f_frsize
-    if free < needed_bytes:
+    if free >= needed_bytes:
+        return None
+    return UserError(
+        f"{folder} has {free / 1e9:.2f} GB free; the checkpoints of this run need {needed_bytes / 1e9:.2f} GB",
+        remedy="free some space, or lower train.keep",
+    )
+
+
+def _check_shared(folder: Path) -> None:
+    """Orbax's processes write parts of one checkpoint: into folders of their own they would write parts of several."""
+    token = multihost_utils.broadcast_one_to_all(np.uint32(uuid.uuid4().int & 0xFFFFFFFF))
+    mark = folder / f".shared-{int(token):08x}"
+    if hosts.first():
+        mark.write_bytes(b"x")
+    multihost_utils.sync_global_devices("the mark is written")
+    blind = hosts.all_agree(mark.exists())
+    if hosts.first():
+        mark.unlink()
+    if blind:
         raise UserError(
-            f"{folder} has {free / 1e9:.2f} GB free; the checkpoints of this run need {needed_bytes / 1e9:.2f} GB",
-            remedy="free some space, or lower train.keep",
+            f"{folder} is not one folder for all {jax.process_count()} processes: process {blind[0]} does not see what process 0 writes",
+            remedy="choose a folder on a shared disk or in a bucket (gs://...) with --runs",
         )

@@ -1,13 +1,12 @@
-"""Chunked cross-entropy on answer words and on every predicted item: logits never exist for more than a chunk of positions.
+"""Cross-entropy on answer words and on every predicted item: logits never exist for more than a chunk of positions.
 
 Both heads work alike. In every row the positions that predict something are moved to the front, so that trailing chunks without
-targets are skipped at run time; the others hold ``[B, chunk, V]`` or ``[B, chunk, I]`` logits, recomputed in the backward pass.
-Losses are *sums* with their weights: whoever combines micro-batches or devices divides once, at the end.
+targets are skipped at run time (``training/tiles.py``). Losses are *sums* with their weights: whoever combines micro-batches or
+devices divides once, at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.heads import Output, chosen_logits, item_logits, rerank_logits, word_logits
 from instructrec_jax.models.sharding import BATCH, lookup, rows_by_index
+from instructrec_jax.training.tiles import Scores, table_scores
 
 NUM_TASKS = 8  # task numbers are 1-based and small; 0 is padding
 
@@ -31,14 +31,30 @@ class Sums(NamedTuple):
     task_count: Float[Array, " tasks"]
 
 
-def word_loss(out: Output, batch: dict[str, jax.Array], chunk: int, arch: Architecture) -> Sums:
-    """−log softmax(words)[target], summed over positions with a ``text_target`` (token id + 1; 0 = none)."""
+def word_loss(
+    out: Output, batch: dict[str, jax.Array], chunk: int, arch: Architecture, *, tiles: int = 1, learns: bool = True
+) -> Sums:
+    """−log softmax(words)[target], summed over positions with a ``text_target`` (token id + 1; 0 = none).
 
-    def nll(hidden: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    Args:
+        out: hidden states and heads.
+        batch: with ``text_target`` and ``task``.
+        chunk: positions of every row whose logits exist at one time.
+        arch: the model.
+        tiles: parts of the word table, of which one is gathered at a time.
+        learns: whether the word table does.
+    """
+    hidden, target, task = out.hidden, batch["text_target"], batch["task"]
+    if chunk >= target.shape[1] and tiles == 1:
+        index = jnp.maximum(target - 1, 0)
         normaliser = jax.nn.logsumexp(word_logits(hidden, out, arch), axis=-1)
-        return normaliser - chosen_logits(hidden, jnp.maximum(target - 1, 0), out, arch), normaliser
-
-    return _chunked(out.hidden, batch["text_target"], batch["task"], nll, chunk)
+        return _sums(normaliser - chosen_logits(hidden, index, out, arch), normaliser, target, task)
+    hidden, target, task = _in_front(hidden, target, task)
+    scores = table_scores(
+        hidden, target, out.word_head, out.word_bias,
+        count=arch.vocab, softcap=arch.final_softcap, tiles=tiles, chunk=chunk, learns=learns,
+    )  # fmt: skip
+    return _sums(scores.normaliser - scores.chosen, scores.normaliser, target, task)
 
 
 def item_loss(out: Output, batch: dict[str, jax.Array], count: int, smoothing: float, chunk: int) -> Sums:
@@ -49,20 +65,22 @@ def item_loss(out: Output, batch: dict[str, jax.Array], count: int, smoothing: f
     if out.item_vectors is None or out.item_bias is None:
         return zero_sums()
     vectors, bias = out.item_vectors, out.item_bias
+    hidden, target, task = out.hidden.astype(jnp.float32), batch["item_target"], batch["task"]
+    if chunk >= target.shape[1]:
+        index = jnp.maximum(target - 1, 0)
+        chosen = jnp.sum(hidden * lookup(vectors, index), axis=-1) + lookup(bias[:, None], index)[..., 0]
+        scores = Scores(chosen, jax.nn.logsumexp(item_logits(hidden, out, count), axis=-1))
+    else:
+        hidden, target, task = _in_front(hidden, target, task)
+        scores = table_scores(
+            hidden, target, vectors, bias, count=count, softcap=0.0, tiles=1, chunk=chunk, learns=True
+        )  # fmt: skip
     real = (jnp.arange(vectors.shape[0]) < count)[:, None]
     mean_vector = jnp.sum(jnp.where(real, vectors, 0), axis=0) / count
     mean_bias = jnp.sum(jnp.where(real[:, 0], bias, 0)) / count
-
-    def nll(hidden: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-        wide = hidden.astype(jnp.float32)
-        index = jnp.maximum(target - 1, 0)
-        normaliser = jax.nn.logsumexp(item_logits(hidden, out, count), axis=-1)
-        chosen = jnp.sum(wide * lookup(vectors, index), axis=-1)
-        chosen = chosen + lookup(bias[:, None], index)[..., 0]
-        average = jnp.einsum("bsd,d->bs", wide, mean_vector) + mean_bias
-        return normaliser - (1 - smoothing) * chosen - smoothing * average, normaliser
-
-    return _chunked(out.hidden, batch["item_target"], batch["task"], nll, chunk)
+    average = jnp.einsum("bsd,d->bs", hidden, mean_vector) + mean_bias
+    nll = scores.normaliser - (1 - smoothing) * scores.chosen - smoothing * average
+    return _sums(nll, scores.normaliser, target, task)
 
 
 def rerank_loss(
@@ -77,6 +95,7 @@ def rerank_loss(
     if out.rerank_direction is None:
         return zero_sums()
 
+    @jax.checkpoint
     def nll(hidden: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
         index = jnp.maximum(target - 1, 0)[..., None]
         matching = jax.lax.stop_gradient(item_logits(hidden, out, count))
@@ -90,53 +109,39 @@ def rerank_loss(
         taught = jnp.sum(jax.nn.softmax(listed, axis=-1) * log_prob, axis=-1) if teacher else 0.0
         return -(1 - teacher) * log_prob[..., 0] - teacher * taught, normaliser
 
-    return _chunked(out.hidden, batch["item_target"], batch["task"], nll, chunk)
+    hidden, target, task = _in_front(out.hidden, batch["item_target"], batch["task"])
+    total = zero_sums()
+    for first in range(0, target.shape[1], chunk):
+        part = slice(first, first + chunk)
+
+        def some(part: slice = part) -> Sums:
+            return _sums(*nll(hidden[:, part], target[:, part]), target[:, part], task[:, part])
+
+        # The chunks behind all targets are skipped.
+        total = jax.tree.map(jnp.add, total, jax.lax.cond(jnp.any(target[:, part] > 0), some, zero_sums))
+    return total
 
 
-def _chunked(
-    hidden: Float[Array, "B S D"],
-    target: Int[Array, "B S"],
-    task: Int[Array, "B S"],
-    nll: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
-    chunk: int,
-) -> Sums:
-    """Sum ``nll``'s (loss, log normaliser) over positions whose target is not 0, ``chunk`` positions of every row at a time."""
-    batch, length = target.shape
-    chunk = min(chunk, length)
-    if length % chunk:
-        raise ValueError(f"train.sequence_length = {length} must be a multiple of train.logits_chunk = {chunk}")
-
-    def compute(hidden: jax.Array, target: jax.Array, task: jax.Array) -> Sums:
-        weight = (target > 0).astype(jnp.float32)
-        loss, normaliser = nll(hidden, target)
-        loss = loss * weight
-        by_task = (task[..., None] == jnp.arange(NUM_TASKS)).astype(jnp.float32)
-        return Sums(
-            loss.sum(),
-            jnp.sum(normaliser**2 * weight),
-            weight.sum(),
-            jnp.einsum("bs,bst->t", loss, by_task, out_sharding=jax.P(None)),
-            jnp.einsum("bs,bst->t", weight, by_task, out_sharding=jax.P(None)),
-        )
-
-    if chunk == length:  # one chunk: nothing to skip, and the logits may as well be kept for the backward pass
-        return compute(hidden, target, task)
-
+def _in_front(hidden: jax.Array, target: jax.Array, task: jax.Array) -> list[jax.Array]:
+    """The positions of every row with those that have a target first."""
     order = jnp.argsort(target == 0, axis=1, stable=True)
-    parts = [rows_by_index(x, order) for x in (hidden, target, task)]
-    # Chunk axis first, for the scan.
-    parts = [jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0) for x in parts]
+    return [rows_by_index(x, order) for x in (hidden, target, task)]
 
-    def nothing(hidden: jax.Array, target: jax.Array, task: jax.Array) -> Sums:
-        del hidden, target, task
-        return zero_sums()
 
-    @jax.checkpoint
-    def step(total: Sums, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Sums, None]:
-        sums = jax.lax.cond(jnp.any(part[1] > 0), compute, nothing, *part)
-        return jax.tree.map(jnp.add, total, sums), None
-
-    return jax.lax.scan(step, zero_sums(), tuple(parts))[0]
+def _sums(
+    nll: Float[Array, "B S"], normaliser: Float[Array, "B S"], target: Int[Array, "B S"], task: Int[Array, "B S"]
+) -> Sums:
+    """Sums over the positions whose target is not 0."""
+    weight = (target > 0).astype(jnp.float32)
+    loss = nll * weight
+    by_task = (task[..., None] == jnp.arange(NUM_TASKS)).astype(jnp.float32)
+    return Sums(
+        loss.sum(),
+        jnp.sum(normaliser**2 * weight),
+        weight.sum(),
+        jnp.einsum("bs,bst->t", loss, by_task, out_sharding=jax.P(None)),
+        jnp.einsum("bs,bst->t", weight, by_task, out_sharding=jax.P(None)),
+    )
 
 
 def zero_sums() -> Sums:

@@ -1,14 +1,22 @@
-"""One device mesh, made in one place: ``("replica", "fsdp", "tensor")``, explicit axes, size-1 axes kept."""
+"""One device mesh, made in one place: ``("replica", "fsdp", "tensor")``, explicit axes, size-1 axes kept.
+
+Over several TPU slices the mesh is a hybrid one: ``replica`` crosses the data-centre network, which then carries one sum of gradients a
+step; ``fsdp`` and ``tensor`` stay inside a slice.
+"""
 
 from __future__ import annotations
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 
-from instructrec_jax.config import MeshConfig
+from instructrec_jax.config import Config, MeshConfig
 from instructrec_jax.errors import ConfigError
-from instructrec_jax.models.sharding import MESH_AXES
+from instructrec_jax.models.architecture import Architecture
+from instructrec_jax.models.heads import Sizes
+from instructrec_jax.models.sharding import MESH_AXES, check_divides
+from instructrec_jax.training.tiles import check_tiles
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
@@ -34,9 +42,57 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     return sizes
 
 
+def check_plan(config: Config, arch: Architecture, sizes: Sizes, devices: int) -> dict[str, int]:
+    """Axis sizes for a number of devices, after checking that all of a training step divides.
+
+    Raises:
+        ConfigError: something does not: which axis, which number, and the nearest that works.
+    """
+    mesh, t = mesh_sizes(config.mesh, devices), config.train
+    for name, parts in (("batch_size", "accumulate"), ("sequence_length", "logits_chunk")):
+        number, by = getattr(t, name), getattr(t, parts)
+        if number % by:
+            nearest = max(n for n in range(1, by + 1) if number % n == 0)
+            raise ConfigError(
+                f"train.{name} = {number} does not divide by train.{parts} = {by}",
+                remedy=f"the nearest train.{parts} that divides {number} is {nearest}",
+            )
+    check_divides(arch, mesh, t.batch_size // t.accumulate, sizes.tables)
+    check_tiles(sizes.vocab, t.vocab_tiles, mesh["tensor"])
+    return mesh
+
+
 def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
-    """The mesh over all (or the given) devices; activate it with ``jax.set_mesh(mesh)``."""
+    """The mesh over all (or the given) devices; activate it with ``jax.set_mesh(mesh)``.
+
+    Raises:
+        ConfigError: the axes do not fit the number of devices, or ``replica`` the number of slices.
+    """
     devices = devices if devices is not None else jax.devices()
-    sizes = mesh_sizes(config, len(devices))
+    shape = tuple(mesh_sizes(config, len(devices)).values())
     # axis_types is always named: its default has changed between JAX versions.
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+    types = (AxisType.Explicit,) * 3
+    slices = slices_of(devices)
+    if slices > 1:
+        return jax.sharding.Mesh(hybrid_grid(shape, slices, devices), MESH_AXES, axis_types=types)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+
+
+def slices_of(devices: list) -> int:
+    """Number of TPU slices. Other devices have none: JAX numbers the hosts of GPUs there."""
+    return len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}) or 1
+
+
+def hybrid_grid(shape: tuple[int, int, int], slices: int, devices: list) -> np.ndarray:
+    """Devices ``[replica, fsdp, tensor]`` with every slice in replicas of its own.
+
+    Raises:
+        ConfigError: ``replica`` does not divide over the slices.
+    """
+    replica, fsdp, tensor = shape
+    if replica % slices:
+        raise ConfigError(
+            f"mesh.replica = {replica} does not divide over {slices} slices: only replica may cross the network between slices",
+            remedy=f"set mesh.replica to {slices} or a multiple of it",
+        )
+    return mesh_utils.create_hybrid_device_mesh((replica // slices, fsdp, tensor), (slices, 1, 1), devices=devices)

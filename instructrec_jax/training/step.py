@@ -55,9 +55,8 @@ def init_state(params: Tree, config: TrainConfig) -> State:
     """The state at step 0 of given trained parameters."""
     # Jitted, tx.init would put the moments on one device; eagerly they keep the parameters' sharding.
     opt = optimizer(config).init(params)
-    replicated = jax.NamedSharding(jax.sharding.get_mesh(), P())
-    opt = jax.tree.map(lambda x: jax.device_put(x, replicated) if x.ndim == 0 else x, opt)
-    state = {"params": params, "opt": opt, "step": jax.device_put(jnp.int32(0), replicated)}
+    opt = jax.tree.map(lambda x: jax.reshard(x, P()) if x.ndim == 0 else x, opt)
+    state = {"params": params, "opt": opt, "step": jax.reshard(jnp.int32(0), P())}
     # A copy: the step donates both.
     return {**state, "ema": jax.tree.map(jnp.copy, params)} if config.ema else state
 
@@ -100,16 +99,23 @@ def batch_gradients(
 
 
 def head_losses(
-    out: Output, batch: Batch, totals: tuple[Array, Array], num_items: int, train: TrainConfig, arch: Architecture
+    out: Output,
+    batch: Batch,
+    totals: tuple[Array, Array],
+    num_items: int,
+    train: TrainConfig,
+    arch: Architecture,
+    learns: bool = True,
 ) -> tuple[Array, dict[str, Any]]:
-    """The loss of a part of a batch, and its sums by head; ``totals`` are the whole batch's numbers of item and text targets.
+    """The loss of a part of a batch, and its sums by head; ``totals`` are the whole batch's numbers of item and text targets, and
+    ``learns`` is whether the word head does.
 
     loss = w_item · Σ item_nll / Σ item targets + w_text · Σ text_nll / Σ text targets, and the re-ranking head's, over the item targets,
     where there is one. With a z-loss every nll of words and of the catalogue has z · log² Z beside it, Z being the softmax's normaliser
     (PaLM, arXiv 2204.02311, section 5).
     """
     item = losses.item_loss(out, batch, num_items, train.label_smoothing, train.logits_chunk)
-    text = losses.word_loss(out, batch, train.logits_chunk, arch)
+    text = losses.word_loss(out, batch, train.logits_chunk, arch, tiles=train.vocab_tiles, learns=learns)
     by_item = train.item_loss_weight * (item.loss + train.z_loss * item.z) / totals[0]
     by_text = train.text_loss_weight * (text.loss + train.z_loss * text.z) / totals[1]
     loss, sums = by_item + by_text, {"item": item._asdict(), "text": text._asdict()}
@@ -140,13 +146,14 @@ def make_train_step(
     model = LanguageModel(arch, sizes, config.model, train=True)
     tx = optimizer(train)
     rate = schedule(train)
+    learns = not {"all", "embeddings"}.isdisjoint(config.model.trainable)
 
     def step(state: State, frozen: Tree, batch: Batch, content: Array) -> tuple[State, dict[str, Array]]:
         totals = count_targets(batch)
 
         def micro_loss(params: Tree, micro: Batch, key: Array) -> tuple[Array, dict[str, Any]]:
             out = apply(model, join(params, frozen), micro, content, rngs={"dropout": key})
-            return head_losses(out, micro, totals, num_items, train, arch)
+            return head_losses(out, micro, totals, num_items, train, arch, learns)
 
         key = jax.random.fold_in(jax.random.key(train.seed), state["step"])
         loss, sums, grads = batch_gradients(micro_loss, state["params"], batch, key)
@@ -157,6 +164,8 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(state["step"]),
             "useful_tokens": jnp.sum(batch["segment_ids"] > 0),
+            # Pairs that causal attention reads, for the FLOPs.
+            "attended": jnp.sum(jnp.where(batch["segment_ids"] > 0, batch["positions"] + 1, 0).astype(jnp.float32)),
             **{f"{head}_{k}": v for head, part in sums.items() for k, v in part.items()},
         }
         new = {"params": params, "opt": opt, "step": state["step"] + 1}

@@ -1,0 +1,265 @@
+"""What ``aot_check.py CONFIG`` compiles: the step that a run of the config takes, for a topology that is not there.
+
+The step is ``make_train_step``'s own, on shapes instead of arrays (``training/shapes.py``). What comes back is the compiler's account of
+the executable, and the collectives that are counted in it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import jax
+import numpy as np
+from aot_scorer import exhausted
+
+from instructrec_jax.config import Config
+from instructrec_jax.training.chips import Topology
+from instructrec_jax.training.mesh import check_plan, make_mesh, mesh_sizes
+from instructrec_jax.training.shapes import architecture_of, step_shapes
+from instructrec_jax.training.step import make_train_step
+
+
+@dataclass
+class Compiled:
+    """One executable: bytes on each chip, and what moves between chips in a step."""
+
+    rows: int  # sequences on each chip
+    arguments: int = 0  # state, frozen weights, batch
+    temporaries: int = 0
+    output: int = 0  # beside what is updated in place
+    peak: int = 0
+    collectives: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # kind -> {"count": ..., "bytes": ...} of a step
+    seconds: float = 0.0  # to compile
+    error: str = ""  # why it does not fit
+
+
+def compile_step(
+    config: Config, topology: Topology, devices: list, rows: int, items: int = 0, users: int = 0
+) -> Compiled:
+    """Compile the step of a config with ``rows`` sequences on each chip (and each of its neighbours along ``tensor``).
+
+    Args:
+        config: the run's; its batch size is replaced.
+        topology: of the devices.
+        devices: as ``devices_of`` gives them.
+        rows: sequences on each chip.
+        items, users: of the data, where the model has item tokens.
+
+    Raises:
+        UserError: the plan does not divide. JaxRuntimeError: it does not compile, for another reason than memory.
+    """
+    start = time.perf_counter()
+    mesh = make_mesh(config.mesh, devices)
+    shards = mesh.shape["replica"] * mesh.shape["fsdp"]
+    config = replace(config, train=replace(config.train, batch_size=rows * shards * config.train.accumulate))
+    arch, sizes = architecture_of(config, items, users)
+    check_plan(config, arch, sizes, len(devices))
+    done = Compiled(rows)
+    with jax.set_mesh(mesh):
+        lowered = make_train_step(config, arch, sizes, items).lower(*step_shapes(config, arch, sizes))
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            done.error, done.peak = exhausted(str(error))
+        else:
+            memory = compiled.memory_analysis()
+            done.arguments, done.temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+            done.output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+            done.peak = memory.peak_memory_in_bytes
+            done.collectives = collectives(compiled.as_text())
+            if done.peak > topology.chip.memory:
+                done.error = f"needs {done.peak:,} bytes of {topology.chip.memory:,}"
+    done.seconds = time.perf_counter() - start
+    return done
+
+
+def devices_of(topology: Topology) -> list:
+    """The devices of a topology, as libtpu describes them."""
+    from jax.experimental import topologies
+
+    more = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.slice, **more).devices)
+
+
+@dataclass
+class Checked:
+    """What was compiled of a config."""
+
+    topology: Topology
+    batch: int  # sequences on each chip, of the config itself
+    compiled: dict[int, Compiled]  # by sequences on each chip
+    largest: int | None  # sequences on each chip; None = it was not looked for
+
+    @property
+    def fits(self) -> bool:
+        """Whether the config itself does."""
+        return not self.compiled[self.batch].error
+
+    @property
+    def ratios(self) -> dict[str, float | None]:
+        """Temporaries in GB on each chip at each number of sequences (None where it does not fit), and the largest number."""
+        found: dict[str, float | None] = {
+            f"temp_gb_at_{rows}": None if c.error else c.temporaries / 1e9 for rows, c in sorted(self.compiled.items())
+        }
+        return found if self.largest is None else {**found, "largest_batch": self.largest}
+
+
+def check(
+    config: Config,
+    topology: Topology,
+    sequences: Sequence[int],
+    *,
+    items: int = 0,
+    users: int = 0,
+    search: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> Checked:
+    """Compile a config's step at its own batch and at other numbers of sequences on each chip, and look for the largest.
+
+    Raises:
+        UserError: the plan does not divide.
+    """
+    devices = devices_of(topology)
+    compiled: dict[int, Compiled] = {}
+
+    def fits(rows: int) -> bool:
+        if rows not in compiled:
+            compiled[rows] = c = compile_step(config, topology, devices, rows, items, users)
+            say(f"{topology.name}, {rows} sequences a chip: {c.error or f'{c.peak / 1e9:.2f} GB'} ({c.seconds:.0f} s)")
+        return not compiled[rows].error
+
+    sizes = mesh_sizes(config.mesh, len(devices))
+    shards = sizes["replica"] * sizes["fsdp"] * config.train.accumulate
+    own = config.train.batch_size // shards
+    if own * shards != config.train.batch_size:
+        arch, tables = architecture_of(config, items, users)
+        check_plan(config, arch, tables, len(devices))  # says what does not divide
+    for rows in sorted({own, *sequences}):
+        fits(rows)
+    most = None
+    if search:
+        good = {rows: c.peak for rows, c in compiled.items() if not c.error}
+        bad = min((rows for rows, c in compiled.items() if c.error), default=4097)
+        most = largest(fits, good, topology.chip.memory, bad - 1)
+    asked = {rows: c for rows, c in compiled.items() if rows in {own, *sequences}}
+    return Checked(topology, own, asked, most)
+
+
+def report(checked: Checked) -> str:
+    """A Markdown table of what was compiled."""
+    lines = [
+        "| chips | sequences a chip | arguments, GB | temporaries, GB | peak, GB | collectives (GB of their results) a step |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for rows, c in sorted(checked.compiled.items()):
+        sizes = [f"{x / 1e9:.3f}" for x in (c.arguments, c.temporaries, c.peak)]
+        moved = ", ".join(f"{v['count']:,.0f} {kind} ({v['bytes'] / 1e9:.2f})" for kind, v in c.collectives.items())
+        if c.error:
+            sizes, moved = ["", "", ""], f"**does not fit**: {c.error}"
+        lines.append(f"| {' | '.join([checked.topology.name, str(rows), *sizes, moved])} |")
+    if checked.largest is not None:
+        memory = checked.topology.chip.memory / 1e9
+        lines += ["", f"largest batch that fits {memory:.1f} GB: {checked.largest} sequences a chip"]
+    return "\n".join(lines)
+
+
+def largest(fits: Callable[[int], bool], known: dict[int, int], memory: int, most: int = 4096) -> int:
+    """The largest number that fits, 0 if none does; ``fits`` is asked as rarely as bisection can.
+
+    Args:
+        fits: whether a number does; whatever fits, all smaller numbers fit too.
+        known: bytes of numbers that fit; bytes grow about linearly, so two of them tell where to look first.
+        memory: bytes that there are.
+        most: is not exceeded.
+    """
+    low, high = max(known, default=0), most + 1
+    if len(known) > 1:
+        (a, x), *_, (b, y) = sorted(known.items())
+        guess = int(np.clip(b + (memory - y) * (b - a) / max(y - x, 1), low + 1, most))
+    else:
+        guess = low + 1
+    step = 1
+    while high - low > 1:
+        if fits(guess):
+            low, guess = guess, guess + step
+        else:
+            high, guess = guess, guess - step
+        step *= 2
+        if not low < guess < high:
+            guess = (low + high) // 2
+    return low
+
+
+# ------------------------------------------------------------------------------------------------------------- collectives
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_COLLECTIVE = re.compile(rf"%([\w.\-]+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation|called_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
+_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
+
+
+def collectives(text: str) -> dict[str, dict[str, float]]:
+    """Collectives of one run of a compiled module, by kind: ``count``, and ``bytes`` of their results on each chip.
+
+    Those in the body of a loop count as often as it turns (its condition compares with a constant). The compiler spreads one
+    collective over several fusions, to run beside them: they share a channel, and are counted once.
+    """
+    computations, entry = _computations(text)
+    found: dict[tuple[str, str], tuple[str, int, int]] = {}  # (loop, channel) -> kind, bytes, times
+
+    def walk(name: str, times: int, inside: str) -> None:
+        for line in computations.get(name, ()):
+            if match := _COLLECTIVE.search(line):
+                own, shapes, kind, start = match.groups()
+                channel = re.search(r"channel_id=(\d+)", line)
+                key = (inside, f"{kind} {channel[1] if channel else own}")
+                found[key] = max(found.get(key, (kind, 0, 0)), (kind, _bytes(shapes, bool(start)), times))
+            turns, within = 1, inside
+            if loop := _CONDITION.search(line):
+                limits = re.findall(r"constant\((\d+)\)", "\n".join(computations.get(loop[1], ())))
+                turns = max(map(int, limits), default=1)
+                within = f"{inside}/{loop[1]}"
+            branches = [name for part in _BRANCHES.findall(line) for name in re.findall(r"[\w.\-]+", part)]
+            for called in (*_CALLED.findall(line), *branches):
+                walk(called, times * turns, within)
+
+    walk(entry, 1, "")
+    total = {kind: {"count": 0.0, "bytes": 0.0} for kind in KINDS}
+    for kind, size, times in found.values():
+        total[kind]["count"] += times
+        total[kind]["bytes"] += size * times
+    return {kind: both for kind, both in total.items() if both["count"]}
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Lines by computation, and the name of the one that is entered."""
+    out: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if not line.startswith(" ") and (head := _HEAD.match(line)):
+            name = head[2]
+            out[name] = []
+            entry = name if head[1] else entry
+        elif name:
+            out[name].append(line)
+    return out, entry
+
+
+def _bytes(shapes: str, start: bool) -> int:
+    """Bytes of a result; an asynchronous start's tuple has the operands first."""
+    sizes = []
+    for kind, dims in _SHAPE.findall(shapes):
+        width = 1 if kind == "pred" else int(re.sub(r"\D", "", kind)) // 8
+        sizes.append(math.prod(int(d) for d in dims.split(",") if d) * width)
+    return sum(sizes[len(sizes) // 2 :] if start else sizes)
