@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from instructrec_jax.errors import ConfigError, UserError
+from instructrec_jax.training import xla_flags
 
 # Google Cloud's standard firewall rule opens this port between the workers of a pod; JAX's own choice, 8482, stays closed.
 PORT = 8476
@@ -38,7 +39,7 @@ def start(*, preemption: bool = False) -> None:
     """
     import jax
 
-    # XLA reads its flags when the first backend starts, which is after this function: here is the place to set them.
+    xla_flags.apply()  # read when the first backend starts, which is after this function
     if jax.distributed.is_initialized():
         return
     arguments = cluster(os.environ)
