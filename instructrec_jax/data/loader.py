@@ -150,8 +150,8 @@ class TrainingBatches:
         before = Remaining(tuple(states[0]["holes"]), states[0]["start"])
         self._restart(before.after([state["given"] for state in states]))
         self._say(
-            f"the loader's position is that of {len(states)} processes, there are {self._processes}: the batches differ from those "
-            f"of an uninterrupted run; {sum(s['given'] for s in states):,} examples were given since the last such change, and "
+            f"the loader's position is that of {len(states)} slices of the data, there are {self._processes}: the batches differ from "
+            f"those of an uninterrupted run; {sum(s['given'] for s in states):,} examples were given since the last such change, and "
             "each that is left of an epoch comes once"
         )
 

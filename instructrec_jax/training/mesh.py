@@ -96,3 +96,26 @@ def hybrid_grid(shape: tuple[int, int, int], slices: int, devices: list) -> np.n
             remedy=f"set mesh.replica to {slices} or a multiple of it",
         )
     return mesh_utils.create_hybrid_device_mesh((replica // slices, fsdp, tensor), (slices, 1, 1), devices=devices)
+
+
+def data_slice(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """(index, number) of the slice of every batch that this process reads.
+
+    Usually each process reads its own; processes whose devices hold the same rows, because a ``tensor`` axis spans them, read the same.
+
+    Raises:
+        ConfigError: the rows of two processes overlap without being the same.
+    """
+    rows: dict[int, set[int]] = {}
+    for (replica, fsdp, _), device in np.ndenumerate(mesh.devices):
+        rows.setdefault(device.process_index, set()).add(replica * mesh.devices.shape[1] + fsdp)
+    slices = sorted({tuple(sorted(own)) for own in rows.values()})
+    if (
+        len({len(own) for own in slices}) > 1
+        or len(slices) * len(slices[0]) != mesh.devices.shape[0] * mesh.devices.shape[1]
+    ):
+        raise ConfigError(
+            f"the mesh {dict(mesh.shape)} cuts the batch across its {len(rows)} processes: they hold the shards {slices}",
+            remedy="let mesh.tensor divide the devices of a process, or be a multiple of them",
+        )
+    return slices.index(tuple(sorted(rows[jax.process_index()]))), len(slices)
