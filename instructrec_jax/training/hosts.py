@@ -72,14 +72,16 @@ def cluster(environ: Mapping[str, str]) -> dict[str, Any] | None:
     given = [name for name in VARIABLES if environ.get(name)]
     if len(given) == len(VARIABLES):
         return _plain(environ)
-    found = _slurm(environ) or _tpu(environ) or _kubernetes(environ)
-    if found is None and given:
+    for find in (_slurm, _tpu, _kubernetes):
+        if (found := find(environ)) is not None:
+            return found
+    if given:
         missing = [name for name in VARIABLES if name not in given]
         raise ConfigError(
             f"{len(given)} of the {len(VARIABLES)} variables that name the processes are set: {', '.join(given)}",
             remedy=f"set {' and '.join(missing)} too (on every machine), or none of them on a single machine",
         )
-    return found
+    return None
 
 
 def _plain(environ: Mapping[str, str]) -> dict[str, Any] | None:
