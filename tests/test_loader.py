@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
@@ -48,6 +49,11 @@ def equal(a: Batch, b: Batch) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
+def fields(table: np.ndarray) -> dict[str, np.ndarray]:
+    """An example's table by field."""
+    return {key: np.ascontiguousarray(column).view(kind) for (key, kind), column in zip(FIELDS.items(), table.T)}
+
+
 def as_bytes(arrays: dict[str, np.ndarray]) -> bytes:
     return b"|".join(arrays[key].astype(dtype).tobytes() for key, dtype in FIELDS.items())
 
@@ -64,7 +70,7 @@ def segments(batch: Batch) -> list[bytes]:
 
 def tokenised(made: tuple[Path, Text]) -> list[bytes]:
     source = TokenisedRecords(Records(made[0]), made[1], LENGTH)
-    return [as_bytes(source[i]) for i in range(len(source))]
+    return [as_bytes(fields(source[i])) for i in range(len(source))]
 
 
 # ------------------------------------------------------------------------------------------------------------- one batch
@@ -136,10 +142,10 @@ def test_epochs_are_shuffled_anew(made):
 def test_long_examples_are_cut_to_the_row(made):
     folder, text = made
     source = TokenisedRecords(Records(folder), text, 24)
-    sizes = [len(source[i]["tokens"]) for i in range(len(source))]
+    sizes = [len(source[i]) for i in range(len(source))]
     assert max(sizes) == 24
     stream = training_iterator(folder, text, batch_size=4, sequence_length=24, seed=0)
-    known = {as_bytes(source[i]) for i in range(len(source))}
+    known = {as_bytes(fields(source[i])) for i in range(len(source))}
     assert all(set(segments(batch)) <= known for batch in islice(stream, 20))
 
 
@@ -148,9 +154,9 @@ def test_the_cache_changes_nothing(made):
     none, small, all_ = (TokenisedRecords(Records(folder), text, LENGTH, size) for size in (0, 5000, 1 << 30))
     for _ in range(2):
         for i in range(len(none)):
-            assert as_bytes(none[i]) == as_bytes(small[i]) == as_bytes(all_[i])
+            assert none[i].tobytes() == small[i].tobytes() == all_[i].tobytes()
     assert not none._cache and 0 < len(small._cache) < len(all_._cache) == len(all_)
-    assert sum(a.nbytes for arrays in small._cache.values() for a in arrays.values()) <= 5000
+    assert sum(table.nbytes for table in small._cache.values()) <= 5000
 
 
 # --------------------------------------------------------------------------------------------------- order and position
@@ -162,8 +168,41 @@ def test_the_same_seed_gives_the_same_batches(made):
     assert not any(map(equal, one, other))
 
 
-def test_threads_do_not_change_the_order(made):
-    assert all(map(equal, islice(batches(made, threads=1), 20), islice(batches(made, threads=4), 20)))
+def test_an_error_in_the_thread_comes_with_its_batch(made, monkeypatch):
+    read, calls = TokenisedRecords.__getitem__, []
+
+    def fails_later(self, index):
+        calls.append(index)
+        if len(calls) > 40:
+            raise DataError("a record is damaged")
+        return read(self, index)
+
+    monkeypatch.setattr(TokenisedRecords, "__getitem__", fails_later)
+    stream = batches(made)
+    with pytest.raises(DataError, match="a record is damaged"):
+        for _ in range(40):
+            next(stream)
+    stream.close()
+
+
+def test_first_fit():
+    """Sizes 5 4 3 6 2 into two rows of 10: 5+4, 3+6; the 2 has no room and begins the next batch."""
+    sizes = [5, 4, 3, 6, 2]
+    tables = [np.full((n, len(FIELDS)), i + 1, np.int32) for i, n in enumerate(sizes)]
+    batch, after = loader.packed(lambda place: tables[place], 0, 2, 10)
+    assert after == 4
+    assert batch["tokens"].tolist() == [[1] * 5 + [2] * 4 + [0], [3] * 3 + [4] * 6 + [0]]
+    assert batch["segment_ids"].tolist() == [[1] * 5 + [2] * 4 + [0], [1] * 3 + [2] * 6 + [0]]
+    assert batch["positions"].tolist() == [[*range(5), *range(4), 0], [*range(3), *range(6), 0]]
+    assert all(batch[k].dtype == kind and batch[k].flags["C_CONTIGUOUS"] for k, kind in FIELDS.items())
+
+
+def test_a_loader_that_is_closed_ends_its_thread(made):
+    before = threading.active_count()
+    stream = batches(made)
+    next(stream)
+    stream.close()
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("steps", [0, 1, 7, 150])

@@ -9,7 +9,6 @@ import types
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from instructrec_jax import prepare, run
@@ -119,6 +118,7 @@ def config_of(prepared: Path, profile: dict[str, int] | None = None, **train: An
     return replace(tiny_config(prepared, **train), profile=ProfileConfig(**(profile or {})))
 
 
+@pytest.mark.slow
 def test_a_run_accounts_for_its_time_and_traces_a_window(prepared: Path, tmp_path: Path) -> None:
     config = config_of(prepared, {"start": 3, "steps": 2}, ema=0.9)
     lines: list[str] = []
@@ -160,7 +160,7 @@ def test_flops_of_a_plain_step_are_six_per_weight_and_token() -> None:
 
     model = ModelConfig(width=64, layers=3, heads=4, kv_heads=2, head_size=16, mlp_width=96)
     arch = from_numbers(model, 128)
-    weights = count_parameters(arch, Sizes(128)) - 128 * 64 - 7 * 64  # without the table and the norms
+    weights = count_parameters(arch, Sizes(128)) - 128 * 64 - 8 * 64  # without the table and the norms
     assert step_flops(arch, Sizes(128), 10, 0, 0, 0) == 6 * weights * 10
     # A causal row of 9: 45 pairs, two products of N x H per pair and layer, forward and twice backward.
     assert step_flops(arch, Sizes(128), 0, 45, 0, 0) == 3 * 2 * 3 * 45 * 2 * 64
@@ -190,9 +190,10 @@ def declare(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
     """Packages that offer writers."""
     declared = [importlib.metadata.EntryPoint(n, value, writers.GROUP) for n, value in points.items()]
 
-    def entry_points(**selection: str) -> list[importlib.metadata.EntryPoint]:
-        assert selection == {"group": "instructrec_jax.writers"}
-        return declared
+    real = importlib.metadata.entry_points
+
+    def entry_points(**selection: str) -> Any:
+        return declared if selection == {"group": "instructrec_jax.writers"} else real(**selection)
 
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
 
@@ -310,6 +311,6 @@ def test_a_packed_batch_is_shown(prepared: Path, tmp_path: Path) -> None:
     stream = training_iterator(p.records, p.text, batch_size=16, sequence_length=64, seed=config.train.seed)
     batch = next(stream)
     stream.close()
-    titles = [p.data.catalogue.titles[i - 1] for i in batch["item"][0] if i]
+    titles = [p.data.catalogue.titles[i - 1] for i in batch["item"][:3].ravel() if i]
     shown = " ".join(result.output.split())
-    assert all(" ".join(title.split()) in shown for title in titles) and np.any(batch["item"][0])
+    assert all(" ".join(title.split()) in shown for title in titles) and titles

@@ -215,7 +215,8 @@ def product(equation: str, out: P, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _product_forward(equation: str, out: P, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple]:
-    return product(equation, out, x, w), (x, w)
+    # Not by ``product``: remat's policies know the results of products, not of functions with their own gradient.
+    return jnp.einsum(equation, x, w, out_sharding=out), (x, w)
 
 
 def _product_backward(equation: str, out: P, kept: tuple, change: jax.Array) -> tuple[jax.Array, jax.Array]:
