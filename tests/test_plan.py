@@ -19,7 +19,6 @@ from instructrec_jax.cli import cli
 from instructrec_jax.config import AdapterConfig, Config, MeshConfig, ModelConfig, TrainConfig
 from instructrec_jax.errors import ConfigError, UserError
 from instructrec_jax.models import architecture
-from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import Sizes
 from instructrec_jax.models.sharding import RULES
 from instructrec_jax.training.chips import SLICES, topology_of
@@ -249,7 +248,9 @@ def test_collectives_of_a_plan_by_hand() -> None:
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = CliRunner().invoke(cli, ["plan", str(AOT[0]), "--chips", "v5p-128"])
     assert run.exit_code == 0 and "fits" in run.output and "all-gather" in run.output
-    run = CliRunner().invoke(cli, ["plan", "configs/ml_latest_small.yaml", "--prepared", str(tmp_path), "--items", "500"])
+    run = CliRunner().invoke(
+        cli, ["plan", "configs/ml_latest_small.yaml", "--prepared", str(tmp_path), "--items", "500"]
+    )
     assert run.exit_code == 0 and "8 devices" in run.output and "not known" in run.output
     run = CliRunner().invoke(cli, ["plan", str(AOT[-2]), "--train.batch_size", "16000"])
     assert run.exit_code == 1 and "does not fit" in run.output
