@@ -8,8 +8,8 @@
 Needs libtpu, which holds the compiler and runs without a chip: ``pip install -e '.[tpu]'``. Weights are shapes, so any model of
 ``instructrec model show`` can be asked for, and no memory is used but the compiler's.
 
-Of a training step are told: bytes on each chip, the largest batch that fits, and the collectives counted in the module
-(``tools/aot_train.py``). Bytes are the compiler's own account of its executable. The scorer's operations and bytes moved are counted (``tools/aot_scorer.py: Costs``), and the
+Of a training step are told: bytes on each chip, the largest batch that fits, and the collectives counted in the module. Bytes are the
+compiler's own account of its executable. The scorer's operations and bytes moved are counted (``tools/aot_scorer.py: Costs``), and its
 times are computed from them and from the vendors' figures: nothing here was measured on a chip.
 
 Exit status: 0, 1 if something does not fit the chip's memory, 2 for a mistake in the arguments.

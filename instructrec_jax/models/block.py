@@ -45,8 +45,8 @@ class Block(nn.Module):
             own: this layer's part of what differs by layer: ``past`` (cached keys and values), ``recent`` (further ones, of each
                 row's own), ``cross`` (the same of the encoder's output) and ``local`` (whether the layer has the window), each optional.
             shared: what all layers read: ``mask``, ``bias``, ``angles``, ``past_mask``, ``past_bias``, with ``local_mask``,
-                ``local_angles`` and ``local_past_mask`` for layers with the window; ``encoded`` and ``cross_mask`` for cross-attention.
-                Masks are ``attention.Mask``.
+                ``local_angles`` and ``local_past_mask`` for layers with the window (masks as ``attention.Mask``); ``encoded`` and
+                ``cross_mask`` for cross-attention.
 
         Returns:
             The residual stream, and keys and values ``[B, S, K, H]`` of the new positions (``self``) and of the encoder (``cross``).
