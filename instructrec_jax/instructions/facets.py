@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 import re
 from collections import Counter
 from functools import cached_property
@@ -94,6 +96,38 @@ class Facets:
             count.update(w.lower() for words in facet for w in words)
         count.update(b.lower() for b in self.brands if b)
         return count
+
+    def limits(self, item: int, language: str) -> list[str]:
+        """What the pack's constraints say of an item, in the pack's order: a price band, an age, a level, ...
+
+        A number is rounded up to the next edge, and nothing is said of one beyond the last.
+        """
+        out = []
+        for constraint in self._domain.constraints:
+            if not (column := self._columns.get(constraint.column)) or language not in constraint.say:
+                continue
+            value = column[item]
+            if isinstance(value, float):
+                if constraint.edges and not math.isnan(value):
+                    place = bisect.bisect_left(constraint.edges, value)
+                    value = constraint.edges[place] if place < len(constraint.edges) else None
+                value = None if value is None or math.isnan(value) else f"{value:g}"
+            elif constraint.edges:
+                value = None  # words where the pack expects a number
+            said = clean_text(value or "")
+            if said and len(said) <= _MAX_LABEL:
+                out.append(constraint.say[language].format(value=said))
+        return out
+
+    @cached_property
+    def _columns(self) -> dict[str, list[float | str | None]]:
+        """The catalogue's number and text columns that the pack has constraints on."""
+        table = self._catalogue.table
+        return {
+            c.column: table[c.column].to_pylist()
+            for c in self._domain.constraints
+            if c.column in table.column_names and not pa.types.is_nested(table.schema.field(c.column).type)
+        }
 
     def tags(self, tags: list[tuple[int, int, str]]) -> tuple[dict[int, list[str]], dict[tuple[int, int], list[str]]]:
         """Usable tags, lower case: per item (most given first), and per (user, item) in the order given.
