@@ -65,7 +65,7 @@ class DataConfig:
     list_separator: str = "|"
     clean: CleanConfig = CleanConfig()
     split: SplitConfig = SplitConfig()
-    domain: str = "films"  # noun pack of the templates: films, games, products, ...
+    domain: str = "films"  # noun pack of the templates: films, games, products, ... (docs/templates.md)
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,19 @@ class InstructionConfig:
     pointwise: float = 0.1  # (P1, I0, T0)
     describe: float = 0.5  # (P1, I0, T2) answered in words: the title of the next item
     profile: float = 0.1  # (P0|P2, I0, T2): no history, taste in words or nothing known
+    rerank_more: float = 0.0  # (P1|P2, I1|I2, T3): the candidates by taste and wish
+    pointwise_more: float = 0.0  # (P0|P1|P2, I1|I2, T0) and (P2, I0, T0)
+    describe_more: float = 0.0  # (P0|P1|P2, I1|I2, T2) and (P0, I0, T2), answered in words
+    pairwise: float = 0.0  # (P0|P1|P2, I0|I1|I2, T1): which of two
+    # Widenings, for training only: their prompts and answers are never measured.
+    turn_around: float = 0.0  # from the item or the history to the wish or the taste
+    relatedness: float = 0.0  # from a wish and its item to the history, from the history to the next wish and its item
+    reasoning: float = 0.0  # first the taste in words, then the item
+    # Families of templates to train on, by the beginnings of their ids or whole ids: seq, search.p0, seq.p1.a. () = all. What
+    # is measured does not change.
+    families: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()  # further template files (YAML), behind the built-in ones
+    packs: tuple[str, ...] = ()  # further files of domain packs (YAML), for data.domain
     seed: int = 0
     shard_records: int = 50_000
 
@@ -280,7 +293,16 @@ class Config:
         names = ("vocab_size", "content_features", "cooccurrence_features", "text_encoder", "pretrained")
         model = {k: getattr(self.model, k) for k in names}
         parts = [to_dict(self.data), to_dict(self.instructions), model]
+        # The words in them decide, not only where they are.
+        parts += [_digest(path) for path in (*self.instructions.templates, *self.instructions.packs)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def _digest(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:
+        return ""  # whoever reads it will say so
 
 
 def run_dir(config: Config) -> Path:

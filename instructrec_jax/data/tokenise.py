@@ -35,15 +35,15 @@ FIELDS = {
     "item_target": np.int32,
     "task": np.int32,
 }
-TASKS = ("sequential", "search", "rerank", "pointwise", "describe")
+TASKS = ("sequential", "search", "rerank", "pointwise", "describe", "pairwise", "widened")
 
 
 def task_of(example: InstructionExample) -> str:
     """The task family of an example, as named in the training log."""
-    if example.task == "T3":
-        return "rerank"
-    if example.task == "T0":
-        return "pointwise"
+    if example.metric == "none":
+        return "widened"
+    if example.task != "T2":
+        return {"T0": "pointwise", "T1": "pairwise", "T3": "rerank"}[example.task]
     if example.answer:
         return "describe"
     return "search" if example.intention != "I0" else "sequential"

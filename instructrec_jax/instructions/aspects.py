@@ -18,6 +18,7 @@ INTENTIONS = {
 }
 TASKS = {
     "T0": "pointwise: does this one item suit? yes or no",
+    "T1": "pairwise: which of these two items?",
     "T2": "matching: one item out of the whole catalogue",
     "T3": "reranking: one item out of the candidates shown",
 }
@@ -27,8 +28,8 @@ LEVELS = {"preference": PREFERENCES, "intention": INTENTIONS, "task": TASKS}
 def invalid_reason(preference: str, intention: str, task: str) -> str:
     """Why a combination of levels is not an instruction, or ``""`` if it is one.
 
-    Every combination is valid but (P0, I0, T0) and (P0, I0, T3): with neither taste nor wish there is nothing to judge
-    shown items by. (P0, I0, T2) stays: it is what a newcomer asks.
+    Every combination is valid but (P0, I0) with T0, T1 or T3: with neither taste nor wish there is nothing to judge shown
+    items by. (P0, I0, T2) stays: it is what a newcomer asks.
     """
     for name, level in (("preference", preference), ("intention", intention), ("task", task)):
         if level not in LEVELS[name]:

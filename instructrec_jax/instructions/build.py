@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from instructrec_jax.config import InstructionConfig
 from instructrec_jax.data.schema import TRAIN, SplitData
+from instructrec_jax.instructions.aspects import INTENTIONS, PREFERENCES
 from instructrec_jax.instructions.example import Feature, InstructionExample
 from instructrec_jax.instructions.keyed import fraction, key, keys, mix, pick
 from instructrec_jax.instructions.negatives import sample_negatives
@@ -19,31 +21,40 @@ from instructrec_jax.instructions.render import ItemsAs, Slots
 
 __all__ = ["FAMILIES", "KINDS", "Builder", "NothingToSay"]
 
-# Families beside the sequential windows: (number of the key, {(template kind, preference, intention): share}).
-FAMILIES: dict[str, tuple[int, dict[tuple[str, str, str], float]]] = {
-    "search": (
+
+class Family(NamedTuple):
+    """What one weight of ``InstructionConfig`` writes."""
+
+    number: int  # of the key
+    kind: str  # of its templates
+    shares: dict[tuple[str, str], float] | None = None  # (preference, intention): share; None = see ``Builder.shares``
+
+
+# Families beside the sequential windows, by the name of their weight.
+FAMILIES: dict[str, Family] = {
+    "search": Family(
         2,
+        "search",
         {
-            ("search", "P0", "I1"): 0.225,
-            ("search", "P0", "I2"): 0.225,
-            ("search", "P1", "I1"): 0.225,
-            ("search", "P1", "I2"): 0.225,
-            ("search", "P2", "I1"): 0.05,
-            ("search", "P2", "I2"): 0.05,
+            ("P0", "I1"): 0.225,
+            ("P0", "I2"): 0.225,
+            ("P1", "I1"): 0.225,
+            ("P1", "I2"): 0.225,
+            ("P2", "I1"): 0.05,
+            ("P2", "I2"): 0.05,
         },
     ),
-    "rerank": (
-        3,
-        {
-            ("rerank", "P1", "I0"): 0.6,
-            ("rerank", "P2", "I0"): 0.2,
-            ("rerank", "P0", "I1"): 0.1,
-            ("rerank", "P0", "I2"): 0.1,
-        },
-    ),
-    "pointwise": (4, {("pointwise", "P1", "I0"): 1.0}),
-    "describe": (5, {("describe", "P1", "I0"): 0.75, ("describe", "P2", "I0"): 0.25}),
-    "profile": (6, {("sequential", "P0", "I0"): 0.5, ("sequential", "P2", "I0"): 0.5}),
+    "rerank": Family(3, "rerank", {("P1", "I0"): 0.6, ("P2", "I0"): 0.2, ("P0", "I1"): 0.1, ("P0", "I2"): 0.1}),
+    "pointwise": Family(4, "pointwise", {("P1", "I0"): 1.0}),
+    "describe": Family(5, "describe", {("P1", "I0"): 0.75, ("P2", "I0"): 0.25}),
+    "profile": Family(6, "sequential", {("P0", "I0"): 0.5, ("P2", "I0"): 0.5}),
+    "rerank_more": Family(7, "rerank"),
+    "pointwise_more": Family(8, "pointwise"),
+    "describe_more": Family(9, "describe"),
+    "pairwise": Family(10, "pairwise"),
+    "turn_around": Family(11, "turn_around"),
+    "relatedness": Family(12, "relatedness"),
+    "reasoning": Family(13, "reasoning"),
 }
 _SEQUENTIAL = 1  # number of the key
 _CHUNK = 1024  # examples whose negatives are drawn together
@@ -69,6 +80,7 @@ class Builder(Prompter):
         super().__init__(data, config, domain, features, items_as=items_as, candidates_as=candidates_as)
         self.written: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
+        self._shares: dict[tuple[str, str, bool], dict[tuple[str, str], float]] = {}
 
     def training_examples(self) -> Iterator[InstructionExample]:
         """All training examples, family by family; the same stream on every call.
@@ -111,7 +123,10 @@ class Builder(Prompter):
     def _sequential(self) -> Iterator[InstructionExample]:
         titles_only = self.items_as == "title"
         kind = "describe" if titles_only else "sequential"
-        groups = [self.group(language, kind, "P1", "I0") for language in self.config.languages]
+        groups = [self.group(language, kind, "P1", "I0", trained=True) for language in self.config.languages]
+        groups = [group for group in groups if group]
+        if not groups:
+            return
         for user in range(self.data.num_users):
             start = int(self.data.offsets[user])
             features = self.features(user) if self.features else ()
@@ -142,24 +157,43 @@ class Builder(Prompter):
 
     # --------------------------------------------------------------------------------------------------- other families
 
+    def shares(self, family: str, language: str, *, features: bool = False) -> dict[tuple[str, str], float]:
+        """Share of each (preference, intention) in a family; they sum to 1, or there is none.
+
+        Only what has a wording to train on counts. A family without shares of its own is spread evenly over what no
+        earlier family of its kind lists.
+        """
+        name = (family, language, features)
+        if name not in self._shares:
+            _, kind, given = FAMILIES[family]
+            if given is None:
+                listed = {o for f in FAMILIES.values() if f.kind == kind and f.shares for o in f.shares}
+                given = {(p, i): 1.0 for p in PREFERENCES for i in INTENTIONS if (p, i) not in listed}
+            kept = {o: s for o, s in given.items() if self.group(language, kind, *o, features=features, trained=True)}
+            # Complete shares stay as they are: a rounded sum would move examples from one option to the next.
+            total = 1.0 if len(kept) == len(FAMILIES[family].shares or ()) else sum(kept.values())
+            self._shares[name] = {option: share / total for option, share in kept.items()}
+        return self._shares[name]
+
     def _family(self, family: str, count: int) -> Iterator[InstructionExample]:
-        code, shares = FAMILIES[family]
-        needs_negatives = family in ("rerank", "pointwise")
-        for ends in self._targets(code, count, first=0 if family == "profile" else 1):
+        number, kind, _ = FAMILIES[family]
+        if not any(self.shares(family, language, features=True) for language in self.config.languages):
+            return
+        for ends in self._targets(number, count, first=0 if family == "profile" else 1):
             users = self.data.user[ends]
-            numbers: list[int] = keys(self.config.seed, code, users, ends - self.data.offsets[users]).tolist()
+            numbers: list[int] = keys(self.config.seed, number, users, ends - self.data.offsets[users]).tolist()
             shown: list[tuple[int, ...]] = [()] * len(ends)
-            if needs_negatives:
+            if kind in ("rerank", "pairwise", "pointwise"):
                 seen = [self._training_items(user) for user in users.tolist()]
-                if family == "rerank":
-                    shown = self._candidates(ends, seen)
-                else:
+                if kind == "pointwise":
                     other = sample_negatives(
                         self.data.num_items, seen, 1, seed=self.config.seed, user=users, target=self.data.item[ends]
                     )
                     shown = [tuple(row) for row in other.tolist()]
-            for end, user, number, candidates in zip(ends.tolist(), users.tolist(), numbers, shown, strict=True):
-                made = self._one(family, shares, user, end, number, candidates)
+                else:
+                    shown = self.candidates(ends, seen, self.shown("T3" if kind == "rerank" else "T1"))
+            for end, user, place, candidates in zip(ends.tolist(), users.tolist(), numbers, shown, strict=True):
+                made = self._one(family, user, end, place, candidates)
                 if made is None:
                     self.skipped[f"{family}: nothing to say of the item or the history"] += 1
                     continue
@@ -167,32 +201,34 @@ class Builder(Prompter):
                 yield made
 
     def _one(
-        self,
-        family: str,
-        shares: dict[tuple[str, str, str], float],
-        user: int,
-        end: int,
-        number: int,
-        candidates: tuple[int, ...],
+        self, family: str, user: int, end: int, number: int, candidates: tuple[int, ...]
     ) -> InstructionExample | None:
+        kind = FAMILIES[family].kind
         language = pick(self.config.languages, number)
-        number = mix(number)
-        kind, preference, intention = _by_share(shares, fraction(number))
+        option = mix(number)
+        number = mix(option)
         features: tuple[Feature, ...] = ()
-        number = mix(number)
         if self.features and fraction(number) < _SHOW_FEATURES:
             features = self.features(user)
         number = mix(number)
+        shares = self.shares(family, language, features=bool(features))
+        if not shares:
+            return None
+        preference, intention = _by_share(shares, fraction(option))
         target = int(self.data.item[end])
         item = -1
-        if family == "pointwise":
+        if kind == "pointwise":
             item, candidates = (target if number >> 63 else candidates[0]), ()
         # A target without tags or labels may still have words of the other level.
         for level in {"I1": ("I1", "I2"), "I2": ("I2", "I1")}.get(intention, (intention,)):
-            template = pick(self.group(language, kind, preference, level, features=bool(features)), number)
+            group = self.group(language, kind, preference, level, features=bool(features), trained=True)
+            if not group:
+                continue
+            template = pick(group, number)
             slots = self.slots(template, user, end, target, candidates=candidates, item=item, features=features)
             if slots is not None:
-                aim = -1 if family == "pointwise" else target
+                # What the prompt shows, or answers by yes or no, is not to be predicted from its end.
+                aim = -1 if kind == "pointwise" or "target_item" in template.reads else target
                 return self.example(template, slots, user=user, target=aim, about_user=True)
         return None
 
@@ -215,7 +251,7 @@ class Builder(Prompter):
         return self.data.item[start : start + int(self.train_count[user])]
 
 
-def _by_share(shares: dict[tuple[str, str, str], float], at: float) -> tuple[str, str, str]:
+def _by_share(shares: dict[tuple[str, str], float], at: float) -> tuple[str, str]:
     """The option on whose stretch of [0, 1) the number lies."""
     for option, share in shares.items():
         at -= share

@@ -34,8 +34,8 @@ class InstructionExample:
     language: str  # "en" or "zh"
     preference: str  # P0, P1 or P2
     intention: str  # I0, I1 or I2
-    task: str  # T0 pointwise, T2 matching, T3 reranking
-    metric: str  # what a metric on it may be called: "next-item", or "search" where the prompt reads the target
+    task: str  # T0 pointwise, T1 pairwise, T2 matching, T3 reranking
+    metric: str  # what a metric on it may be called: "next-item", "search" where the prompt reads the target, "none": a widening
     user: int  # user index; never enters the text
     prompt: str
     prompt_items: tuple[int, ...]
@@ -43,7 +43,7 @@ class InstructionExample:
     answer_items: tuple[int, ...] = ()
     features: tuple[Feature, ...] = ()
     target: int = -1  # catalogue index of the item that the last prompt position must predict; -1 = none
-    candidates: tuple[int, ...] = ()  # catalogue indices shown to the model (T3), or scored by it
+    candidates: tuple[int, ...] = ()  # catalogue indices shown to the model (T1, T3), or scored by it
     dense: bool = False  # also train every history item to predict the next one
     dense_from: int = (
         0  # first history slot (0-based) that is a target, so that windows of one user do not repeat targets

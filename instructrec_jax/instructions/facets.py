@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 
 import pyarrow as pa
@@ -95,6 +97,34 @@ class Facets:
         count.update(b.lower() for b in self.brands if b)
         return count
 
+    def limits(self, item: int, language: str) -> list[str]:
+        """What the pack's constraints say of an item, in the pack's order: a price band, an age, a level, ...
+
+        A number is rounded up to the next edge, and nothing is said of one beyond the last.
+        """
+        out = []
+        for constraint in self._domain.constraints:
+            if not (column := self._columns.get(constraint.column)) or language not in constraint.say:
+                continue
+            value = column[item]
+            if isinstance(value, float | int):
+                said = _number(float(value), constraint.edges)
+            else:  # words where the pack expects a number say nothing
+                said = "" if constraint.edges else clean_text(value or "")
+            if said and len(said) <= _MAX_LABEL:
+                out.append(constraint.say[language].format(value=said))
+        return out
+
+    @cached_property
+    def _columns(self) -> dict[str, list[float | str | None]]:
+        """The catalogue's number and text columns that the pack has constraints on."""
+        table = self._catalogue.table
+        return {
+            c.column: table[c.column].to_pylist()
+            for c in self._domain.constraints
+            if c.column in table.column_names and not pa.types.is_nested(table.schema.field(c.column).type)
+        }
+
     def tags(self, tags: list[tuple[int, int, str]]) -> tuple[dict[int, list[str]], dict[tuple[int, int], list[str]]]:
         """Usable tags, lower case: per item (most given first), and per (user, item) in the order given.
 
@@ -119,3 +149,10 @@ class Facets:
                 own.append(tag)
         ranked = {i: sorted(c, key=lambda t: (-c[t], t)) for i, c in by_item.items()}
         return ranked, by_user
+
+
+def _number(value: float, edges: Sequence[float]) -> str:
+    """The value, rounded up to the next edge where there are some; empty for none, and beyond the last edge."""
+    if edges and not math.isnan(value):
+        value = next((edge for edge in edges if edge >= value), math.nan)
+    return "" if math.isnan(value) else f"{value:g}"

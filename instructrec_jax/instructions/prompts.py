@@ -13,14 +13,16 @@ from instructrec_jax.errors import ConfigError, UserError, did_you_mean
 from instructrec_jax.instructions.example import Feature, InstructionExample
 from instructrec_jax.instructions.keyed import keys
 from instructrec_jax.instructions.negatives import sample_negatives
-from instructrec_jax.instructions.packs import Domain, clean_text, load_domain
+from instructrec_jax.instructions.packs import Domain, clean_text, load_domain, word_slots
 from instructrec_jax.instructions.render import ItemsAs, Slots, render
-from instructrec_jax.instructions.templates import Template, load_templates
+from instructrec_jax.instructions.template import Template
+from instructrec_jax.instructions.templates import in_families, load_templates
 from instructrec_jax.instructions.words import Words
 
 Features = Callable[[int], tuple[Feature, ...]]
 
-# What evaluation may ask for: task family, preference, intention. The first wording of the group is used.
+# What evaluation may ask for: task family, preference, intention. The first wording of the group is used, unless another one is
+# named. Widenings are not here: they are for training only.
 KINDS: dict[str, tuple[str, str, str]] = {
     "sequential": ("sequential", "P1", "I0"),
     "taste": ("sequential", "P2", "I0"),
@@ -34,7 +36,14 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "rerank-taste": ("rerank", "P2", "I0"),
     "rerank-search": ("rerank", "P0", "I2"),
     "rerank-search-vague": ("rerank", "P0", "I1"),
+    "rerank-personal-search": ("rerank", "P1", "I2"),
+    "rerank-personal-search-vague": ("rerank", "P1", "I1"),
+    "describe-search": ("describe", "P0", "I2"),
+    "describe-personal-search": ("describe", "P1", "I2"),
+    "pairwise": ("pairwise", "P1", "I0"),
+    "pairwise-search": ("pairwise", "P0", "I2"),
     "pointwise": ("pointwise", "P1", "I0"),
+    "pointwise-search": ("pointwise", "P0", "I2"),
 }
 _ORDER_SALT = 0x0D0E  # keeps the order of candidates apart from the draws of the negatives
 
@@ -48,14 +57,14 @@ class Prompter:
 
     Args:
         data: the split data.
-        config: languages, history length, candidates, seed.
+        config: languages, history length, candidates, seed, further files of templates and packs.
         domain: a domain pack, or its name.
         features: user index -> soft tokens of the user's features; None = there are none.
         items_as: how items stand in a history: "token", "title" or "both".
-        candidates_as: how the candidates of T3 and the item of T0 stand; None = as in the history.
+        candidates_as: how the candidates of T3 and T1 and the item of T0 stand; None = as in the history.
 
     Raises:
-        ConfigError: unknown domain or language; settings out of range.
+        ConfigError: unknown domain, language or family; a bad file of templates or packs; settings out of range.
     """
 
     def __init__(
@@ -77,14 +86,15 @@ class Prompter:
         if config.short_history_items < 1:
             raise ConfigError(f"instructions.short_history_items = {config.short_history_items}; at least 1 is needed")
         self.data, self.config = data, config
-        self.domain = load_domain(domain) if isinstance(domain, str) else domain
+        self.domain = load_domain(domain, config.packs) if isinstance(domain, str) else domain
         self.features = features
         self.items_as: ItemsAs = items_as
         self.candidates_as: ItemsAs | None = candidates_as
         self.words = Words(data, self.domain, config.seed, history_items=config.history_items)
         self.titles = self.words.facets.titles
-        self.templates = load_templates(config.languages)
-        self._groups: dict[tuple[str, str, str, str, bool, bool], tuple[Template, ...]] = {}
+        self.templates = load_templates(config.languages, config.templates)
+        self._trained = frozenset((t.language, t.id) for t in in_families(self.templates, config.families))
+        self._groups: dict[tuple[str, str, str, str, bool, bool, bool], tuple[Template, ...]] = {}
         self.train_count: Int[np.ndarray, " users"] = np.bincount(
             data.user[data.split == TRAIN], minlength=data.num_users
         )
@@ -100,8 +110,9 @@ class Prompter:
         language: str = "en",
         *,
         candidates: Sequence[int] | None = None,
+        template: str = "",
     ) -> InstructionExample:
-        """The prompt of an evaluation case, with the fixed wording of its kind.
+        """The prompt of an evaluation case, with the fixed wording of its kind, or with the one that is named.
 
         The history is the newest ``history_items`` events before event index ``end``, of any split; a user without
         events before it gets the "cold" prompt in place of "sequential". ``target`` is the item of event ``end``, or
@@ -114,10 +125,11 @@ class Prompter:
             end: event index, as in ``Cases.end``.
             wish: words for I1/I2.
             language: "en" or "zh".
-            candidates: T3: the candidates in the order to show; None = frozen uniform negatives and the target.
+            candidates: T3 and T1: the candidates in the order to show; None = frozen uniform negatives and the target.
+            template: id of another wording of the same kind, held out or not.
 
         Raises:
-            ConfigError: unknown kind or language; too small a catalogue for the candidates.
+            ConfigError: unknown kind, language or template; too small a catalogue for the candidates.
             NothingToSay: the data holds no words for the taste or the wish.
         """
         if kind not in KINDS:
@@ -131,22 +143,25 @@ class Prompter:
             kind = "cold"
         family, preference, intention = KINDS[kind]
         features = self.features(user) if self.features else ()
-        template = self._first(language, family, preference, intention, features=bool(features))
+        if template:
+            wording = self._named(template, language, family, preference, intention)
+        else:
+            wording = self._first(language, family, preference, intention, features=bool(features))
         target = int(self.data.item[end]) if end < stop else -1
         if wish is None and intention != "I0" and target < 0:
             raise NothingToSay(
                 f"{kind}: there is no target after the user's last event to take the wish from", remedy="give a wish"
             )
-        if template.task == "T3" and candidates is None:
+        if wording.task in ("T1", "T3") and candidates is None:
             if target < 0:
                 raise NothingToSay(
                     f"{kind}: there is no target after the user's last event", remedy="give the candidates"
                 )
-            candidates = self._candidates(np.asarray([end]), [self.data.item[start:end]])[0]
-        slots = self.slots(template, user, end, target, wish=wish, candidates=candidates or (), features=features)
+            candidates = self.candidates(np.asarray([end]), [self.data.item[start:end]], self.shown(wording.task))[0]
+        slots = self.slots(wording, user, end, target, wish=wish, candidates=candidates or (), features=features)
         if slots is None:
             raise NothingToSay(f"{kind}: the data has nothing to say of user {user} or item {target}")
-        return self.example(template, slots, user=user, target=-1 if template.task == "T0" else target, about_user=True)
+        return self.example(wording, slots, user=user, target=-1 if wording.task == "T0" else target, about_user=True)
 
     def wish(self, user: int, end: int, language: str = "en", level: str = "I2") -> str:
         """The wish that the target of an evaluation case would be asked for with, from its labels (I2) or tags (I1).
@@ -199,18 +214,41 @@ class Prompter:
         *,
         features: bool = False,
         held_out: bool = False,
+        trained: bool = False,
     ) -> tuple[Template, ...]:
-        """Templates of one language, family and aspects, in file order; with ``{features}`` only if there are some."""
-        name = (language, kind, preference, intention, features, held_out)
+        """Templates of one language, family and aspects, in file order; with ``{features}`` only if there are some;
+        ``trained``: only those of the families that the config trains on."""
+        name = (language, kind, preference, intention, features, held_out, trained)
         if name not in self._groups:
             self._groups[name] = tuple(
                 t
-                for t in (self.templates if language in self.config.languages else load_templates([language]))
+                for t in self._templates(language)
                 if (t.language, t.kind, t.preference, t.intention) == name[:4]
                 and t.held_out == held_out
                 and (features or "features" not in t.reads)
+                and (not trained or (t.language, t.id) in self._trained)
             )
         return self._groups[name]
+
+    def _templates(self, language: str) -> list[Template]:
+        word_slots(self.domain, language)  # a pack without this language is told before anything is written
+        return (
+            self.templates if language in self.config.languages else load_templates([language], self.config.templates)
+        )
+
+    def _named(self, name: str, language: str, *group: str) -> Template:
+        """The template of that id, which must be of the group (kind, preference, intention)."""
+        fitting = {
+            t.id: t
+            for t in self._templates(language)
+            if t.language == language and (t.kind, t.preference, t.intention) == group
+        }
+        if name not in fitting:
+            raise ConfigError(
+                f"no {language!r} template of {', '.join(group)} has the id {name!r}{did_you_mean(name, fitting)}",
+                remedy=f"one of {', '.join(fitting)}",
+            )
+        return fitting[name]
 
     def example(
         self,
@@ -277,23 +315,29 @@ class Prompter:
         """Slots of a template whose target is event ``end``; None if the data has no words for one of them."""
         start = int(self.data.offsets[user])
         history: list[int] = []
-        if "history" in template.reads:
+        answered = template.answered_by
+        if "history" in template.reads or "history_titles" in answered:
             history = self.data.item[max(start, end - self._history_budget(template.kind)) : end].tolist()
         taste: str | None = ""
-        if "preference" in template.reads:
+        if "preference" in template.reads or "preference" in answered:
             taste = self.words.preference(user, end, template.language)
         if template.intention != "I0" and wish is None:
             wish = self.words.intention(template.intention, target, user, end - start, template.language)
         if taste is None or (template.intention != "I0" and not (wish and clean_text(wish))):
             return None
+        if "history_titles" in answered and not history:
+            return None
         item = target if item < 0 else item
         return Slots(history, taste, wish or "", candidates, item, features, answer=target, verdict=item == target)
 
-    def _candidates(
-        self, ends: Int[np.ndarray, " cases"], exclude: Sequence[Int[np.ndarray, " seen"]]
+    def shown(self, task: str) -> int:
+        """How many candidates a prompt of this task shows."""
+        return {"T1": 2, "T3": self.config.candidates}.get(task, 0)
+
+    def candidates(
+        self, ends: Int[np.ndarray, " cases"], exclude: Sequence[Int[np.ndarray, " seen"]], n: int
     ) -> list[tuple[int, ...]]:
-        """The targets at events ``ends`` among frozen negatives, in an order that has nothing to do with the target."""
-        n = self.config.candidates
+        """The targets at events ``ends`` among n − 1 frozen negatives, in an order that has nothing to do with the target."""
         users, targets = self.data.user[ends], self.data.item[ends]
         negatives = sample_negatives(
             self.data.num_items, exclude, n - 1, seed=self.config.seed, user=users, target=targets

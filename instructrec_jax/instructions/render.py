@@ -10,9 +10,10 @@ from typing import Literal, NamedTuple
 
 from instructrec_jax.instructions.example import FEATURE_SLOT, ITEM_SLOT, TITLE_CLOSE, TITLE_OPEN, Feature
 from instructrec_jax.instructions.packs import Domain, clean_text, load_phrases, word_slots
-from instructrec_jax.instructions.templates import Template
+from instructrec_jax.instructions.template import Template
 
 ItemsAs = Literal["token", "title", "both"]
+ANSWERED_TITLES = 3  # newest items of a history that an answer names
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Slots:
     history: Sequence[int] = ()  # newest last
     preference: str = ""  # P2, a sentence
     intention: str = ""  # I1 or I2, a wish
-    candidates: Sequence[int] = ()  # T3, in the order shown
-    item: int = -1  # T0
+    candidates: Sequence[int] = ()  # T3 and, two of them, T1: in the order shown
+    item: int = -1  # T0: the item asked about; a widening: the item chosen
     features: tuple[Feature, ...] = ()
     answer: int = -1  # the item of the answer
     verdict: bool = True  # T0: the answer
@@ -62,7 +63,7 @@ def render(
         domain: the nouns and verbs.
         titles: title per item, cleaned by ``clean_text``; needed for "title", "both" and for answers in words.
         items_as: how items stand in the history.
-        candidates_as: how candidates and the item of a pointwise question stand; None = as in the history.
+        candidates_as: how candidates and the item of a pointwise question or a widening stand; None = as in the history.
         about_user: put the features, if there are any, before a prompt that has no slot for them.
 
     Raises:
@@ -86,8 +87,7 @@ def render(
             text = clean_text(getattr(slots, slot))
             if not text:
                 raise ValueError(f"template {template.id} needs {slot}")
-            following = words  # the words after the slot: no full stop twice
-            parts.append(text.rstrip(".。 ") if following[:1] in (".", "。") else text)
+            parts.append(_without_stop(text, words))
         elif slot == "candidates" or slot == "candidates_numbered":
             if not slots.candidates:
                 raise ValueError(f"template {template.id} needs candidates")
@@ -96,7 +96,11 @@ def render(
             else:
                 shown = (_item_list((i,), titles, shown_as, "", items) for i in slots.candidates)
                 parts.append(" ".join(f"{n}. {text}" for n, text in enumerate(shown, 1)))
-        elif slot == "item":
+        elif slot in ("first", "second"):
+            if len(slots.candidates) != 2:
+                raise ValueError(f"template {template.id} needs 2 candidates, not {len(slots.candidates)}")
+            parts.append(_item_list((slots.candidates[slot == "second"],), titles, shown_as, "", items))
+        elif slot in ("item", "chosen"):
             if slots.item < 0:
                 raise ValueError(f"template {template.id} needs an item")
             parts.append(_item_list((slots.item,), titles, shown_as, "", items))
@@ -116,6 +120,10 @@ def render(
             answer_text += words
         elif slot == "verdict":
             answer_text += phrases["yes" if slots.verdict else "no"]
+        elif slot == "intention" or slot == "preference":
+            answer_text += _without_stop(clean_text(getattr(slots, slot)), words)
+        elif slot == "history_titles":
+            answer_text += phrases["between_titles"].join(titles[i] for i in slots.history[-ANSWERED_TITLES:])
         elif slots.answer < 0:
             continue  # at prediction time there is no answer yet
         elif slot == "answer_title":
@@ -148,6 +156,11 @@ def _words(text: str, domain: Domain, language: str) -> tuple[tuple[str, str], .
         elif piece:
             out.append(("", piece))
     return tuple(out)
+
+
+def _without_stop(text: str, following: str) -> str:
+    """The text without its full stop if the words after its slot begin with one."""
+    return text.rstrip(".。 ") if following[:1] in (".", "。") else text
 
 
 def _item_list(

@@ -84,7 +84,8 @@ class Words:
         """I1 or I2: a wish that the target answers; None if the data has nothing to say of it.
 
         I1 is one of the three tags that training users gave it most, else one of its labels, else a title word, said
-        vaguely. I2 is all its labels (at most 3; title words where there are none), its decade and its brand.
+        vaguely. I2 is all its labels (at most 3; title words where there are none), its decade, its brand and what
+        the domain's constraints say of it (at most 3).
         ``ordinal`` is the place of the target among the user's events (0-based).
         """
         number = mix(key(self._seed, user, ordinal, int(level[1])))
@@ -105,13 +106,15 @@ class Words:
         labels = [self._label(x, language, "labelled") for x in facets.labels[target][:_FACETS]]
         words = [] if labels else list(facets.title_words[target][:2])
         decade, brand = facets.decades[target], facets.brands[target]
-        if not (labels or words or brand):
+        limits = facets.limits(target, language)[:_FACETS]
+        if not (labels or words or brand or limits):
             return None
         terse = [*labels, *words]
         if decade:
             terse.append(phrases.one["terse_decade"].format(decade=decade))
         if brand:
             terse.append(brand)
+        terse.extend(limits)
         named = self._domain.words[language]
         if labels:
             what = self._fill(named["labelled"], language, labels=self._join(labels, language))
@@ -128,6 +131,7 @@ class Words:
             what=what,
             when=phrases.one["specific_when"].format(decade=decade) if decade else "",
             brand=phrases.one["specific_brand"].format(brand=brand) if brand else "",
+            limits="".join(phrases.one["specific_limit"].format(limit=limit) for limit in limits),
         )
 
     # ------------------------------------------------------------------------------------------------------ small parts
