@@ -22,7 +22,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -269,7 +269,7 @@ def training_iterator(
 
     def make(remaining: Remaining, given: int) -> Iterator[tuple[Batch, int]]:
         def example(place: int) -> np.ndarray:
-            return source[order[remaining[process_index + process_count * place]]]
+            return source[cast(int, order[remaining[process_index + process_count * place]])]
 
         while True:
             batch, given = packed(example, given, rows, sequence_length)

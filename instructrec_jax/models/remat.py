@@ -38,5 +38,5 @@ def rematerialised(block: type[nn.Module], remat: str) -> Any:
 
 def named(name: str, *values: jax.Array) -> Any:
     """The values under a name that policies know: ``qkv`` or ``context``."""
-    out = tuple(checkpoint_name(value, name) for value in values)
-    return out if len(out) > 1 else out[0]
+    out = [checkpoint_name(value, name) for value in values]
+    return tuple(out) if len(out) > 1 else out[0]

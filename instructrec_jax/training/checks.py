@@ -58,7 +58,7 @@ def _differences(mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
             used = {name: gathered(table, RULES.table_vd) for name, table in tables.items()}
             hidden = lookup(used["words"], micro["tokens"]) + lookup(used["items"], micro["item"])
             bias = jnp.zeros(ids, out_sharding=RULES.vector_v)
-            out = Output(hidden, used["words"], None, used["items"], bias, None)
+            out = Output(hidden, used["words"], None, used["items"], bias, (hidden, hidden))
             return head_losses(out, micro, totals, ids, train, arch)
 
         return batch_gradients(micro_loss, tables, batch, jax.random.key(0))[2]

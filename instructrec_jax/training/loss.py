@@ -115,7 +115,8 @@ def rerank_loss(
         part = slice(first, first + chunk)
 
         def some(part: slice = part) -> Sums:
-            return _sums(*nll(hidden[:, part], target[:, part]), target[:, part], task[:, part])
+            found, normaliser = nll(hidden[:, part], target[:, part])
+            return _sums(found, normaliser, target[:, part], task[:, part])
 
         # The chunks behind all targets are skipped.
         total = jax.tree.map(jnp.add, total, jax.lax.cond(jnp.any(target[:, part] > 0), some, zero_sums))

@@ -69,7 +69,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.M
         ConfigError: the axes do not fit the number of devices, or ``replica`` the number of slices.
     """
     devices = devices if devices is not None else jax.devices()
-    shape = tuple(mesh_sizes(config, len(devices)).values())
+    sizes = mesh_sizes(config, len(devices))
+    shape = (sizes["replica"], sizes["fsdp"], sizes["tensor"])
     # axis_types is always named: its default has changed between JAX versions.
     types = (AxisType.Explicit,) * 3
     slices = slices_of(devices)

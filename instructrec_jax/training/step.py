@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -170,7 +170,7 @@ def make_train_step(
         }
         new = {"params": params, "opt": opt, "step": state["step"] + 1}
         if train.ema:
-            new["ema"] = averaged(state["ema"], params, state["step"], train.ema)
+            new["ema"] = averaged(state["ema"], cast(Tree, params), state["step"], train.ema)
         return new, metrics
 
     return jax.jit(step, donate_argnums=0)
