@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from instructrec_jax import __version__
+from instructrec_jax import __version__, template_commands
 from instructrec_jax.errors import UserError, did_you_mean
 from instructrec_jax.terminal import escape, print_result, print_statistics, progress
 
@@ -369,6 +369,15 @@ def model_show(name: str, mesh: str, quantise: str, rank: int, dtype: str) -> No
     from instructrec_jax.models.hf.sizes import show
 
     click.echo(show(name, mesh=mesh, quantised=quantise, rank=rank, dtype=dtype))
+
+
+@cli.group(cls=Commands)
+def templates() -> None:
+    """Instruction templates and domain packs: check your own files, show wordings, count the grid."""
+
+
+for _command in (template_commands.check, template_commands.show, template_commands.list_templates):
+    templates.add_command(_command)
 
 
 @cli.command()

@@ -165,11 +165,12 @@ class Builder(Prompter):
         """
         name = (family, language, features)
         if name not in self._shares:
-            number, kind, given = FAMILIES[family]
+            _, kind, given = FAMILIES[family]
             if given is None:
                 listed = {o for f in FAMILIES.values() if f.kind == kind and f.shares for o in f.shares}
                 given = {(p, i): 1.0 for p in PREFERENCES for i in INTENTIONS if (p, i) not in listed}
             kept = {o: s for o, s in given.items() if self.group(language, kind, *o, features=features, trained=True)}
+            # Complete shares stay as they are: a rounded sum would move examples from one option to the next.
             total = 1.0 if len(kept) == len(FAMILIES[family].shares or ()) else sum(kept.values())
             self._shares[name] = {option: share / total for option, share in kept.items()}
         return self._shares[name]
@@ -190,7 +191,7 @@ class Builder(Prompter):
                     )
                     shown = [tuple(row) for row in other.tolist()]
                 else:
-                    shown = self.candidates(ends, seen, self._shown("T3" if kind == "rerank" else "T1"))
+                    shown = self.candidates(ends, seen, self.shown("T3" if kind == "rerank" else "T1"))
             for end, user, place, candidates in zip(ends.tolist(), users.tolist(), numbers, shown, strict=True):
                 made = self._one(family, user, end, place, candidates)
                 if made is None:

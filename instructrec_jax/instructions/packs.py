@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def _constraints(file: YamlFile, node: Any, languages: Sequence[str]) -> tuple[C
                 edges.append(float(file.text(place, "an edge")))
             except ValueError:
                 file.note(place, f"{place.value!r} is not a number")
-        if any(a >= b for a, b in zip(edges, edges[1:])):
+        if any(a >= b for a, b in pairwise(edges)):
             file.note(given["edges"], "edges must increase")
         out.append(Constraint(column, say, tuple(edges)))
     return tuple(out)

@@ -157,7 +157,7 @@ class Prompter:
                 raise NothingToSay(
                     f"{kind}: there is no target after the user's last event", remedy="give the candidates"
                 )
-            candidates = self.candidates(np.asarray([end]), [self.data.item[start:end]], self._shown(wording.task))[0]
+            candidates = self.candidates(np.asarray([end]), [self.data.item[start:end]], self.shown(wording.task))[0]
         slots = self.slots(wording, user, end, target, wish=wish, candidates=candidates or (), features=features)
         if slots is None:
             raise NothingToSay(f"{kind}: the data has nothing to say of user {user} or item {target}")
@@ -329,7 +329,7 @@ class Prompter:
         item = target if item < 0 else item
         return Slots(history, taste, wish or "", candidates, item, features, answer=target, verdict=item == target)
 
-    def _shown(self, task: str) -> int:
+    def shown(self, task: str) -> int:
         """How many candidates a prompt of this task shows."""
         return {"T1": 2, "T3": self.config.candidates}.get(task, 0)
 

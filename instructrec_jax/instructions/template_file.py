@@ -218,13 +218,13 @@ class _Check:
             self.file.note(
                 self.entry["id"], f"a {template.task} template needs an answer", remedy='answer: "{answer_title}"'
             )
-        if not template.answer and "history" in self.slots:
-            if template.task == "T2" and not template.prompt.endswith("{history}"):
-                self.file.note(
-                    self.prompt,
-                    "the next item is predicted from the last position, so {history} must be the end of the prompt",
-                    find="{history}",
-                )
+        item_follows = template.task == "T2" and not template.answer
+        if item_follows and "history" in self.slots and not template.prompt.endswith("{history}"):
+            self.file.note(
+                self.prompt,
+                "the next item is predicted from the last position, so {history} must be the end of the prompt",
+                find="{history}",
+            )
 
     def _widening(self) -> None:
         template = self.template

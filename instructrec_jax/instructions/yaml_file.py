@@ -46,10 +46,10 @@ class YamlFile:
             mark = getattr(error, "problem_mark", None)
             line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
             what = f"not YAML: {getattr(error, 'problem', None) or error}"
-            self.problems.append(Problem(self.path.name, line, column, what))
+            self.problems.append(Problem(str(self.path), line, column, what))
         else:
             if self.root is None:
-                self.problems.append(Problem(self.path.name, 1, 1, "the file is empty; it must be a mapping"))
+                self.problems.append(Problem(str(self.path), 1, 1, "the file is empty; it must be a mapping"))
 
     def note(self, node: yaml.Node, problem: str, *, find: str = "", remedy: str = "") -> None:
         """Add a problem at the node, or at the first ``find`` inside it."""
@@ -60,7 +60,7 @@ class YamlFile:
                 if found >= 0:
                     line, column = at, found
                     break
-        self.problems.append(Problem(self.path.name, line + 1, column + 1, problem, remedy))
+        self.problems.append(Problem(str(self.path), line + 1, column + 1, problem, remedy))
 
     def mapping(
         self, node: yaml.Node, known: Iterable[str], required: Iterable[str], what: str
