@@ -1,6 +1,7 @@
 """Nothing of the target, of later events or of ids is in a prompt, beyond what its template declares."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from instructrec_jax.config import InstructionConfig
 from instructrec_jax.data.schema import TEST, TRAIN, VALID, Catalogue
 from instructrec_jax.instructions.build import Builder
 from instructrec_jax.instructions.example import Feature
+from instructrec_jax.instructions.template import TARGET_WORDS
 from instructrec_jax.instructions.templates import load_templates
 from tests.small_split import small_split
 
@@ -23,7 +25,15 @@ CONFIG = InstructionConfig(
     pointwise=2,
     describe=2,
     profile=2,
+    rerank_more=2,
+    pointwise_more=2,
+    describe_more=2,
+    pairwise=4,
+    turn_around=2,
+    relatedness=2,
+    reasoning=2,
 )
+ONLY = {"search": 0, "rerank": 0, "pointwise": 0, "describe": 0, "profile": 0}
 TEMPLATES = load_templates()
 FEATURES = (Feature(0, 1.0), Feature(1, -0.5))
 
@@ -41,33 +51,49 @@ def prompt(builder, template, user, end, **fixed):
     return slots and builder.example(template, slots, user=user, target=target, about_user=True)
 
 
-@pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: f"{t.language}-{t.id}")
-@pytest.mark.parametrize("items_as", ["token", "title", "both"])
-def test_target_and_future_do_not_show(template, items_as):
+@cache
+def pairs(items_as):
+    """(user, event, builder, builder without the target and the future), with events of every split."""
     data = small_split()
-    fixed: dict = {}
-    if template.reads_target:
-        fixed["wish"] = "declared words"
-    if "candidates" in template.reads:
-        fixed["candidates"] = (3, 1, 4)
-    if "item" in template.reads:
-        fixed["item"] = 5
-    changed_words = compared = 0
+    out = []
     for user in range(data.num_users):
         start, stop = int(data.offsets[user]), int(data.offsets[user + 1])
         for end in range(start + 1, stop, 3):
-            one = Builder(data, CONFIG, "films", items_as=items_as)
-            other = Builder(replaced(data, user, end, 1 + end % 7), CONFIG, "films", items_as=items_as)
-            a, b = (prompt(x, template, user, end, **fixed) for x in (one, other))
-            assert a is not None and b is not None
-            assert (a.prompt, a.prompt_items, a.features) == (b.prompt, b.prompt_items, b.features)
-            compared += 1
-            if template.reads_target:
-                shown = {k: v for k, v in fixed.items() if k != "wish"}
-                a, b = (prompt(x, template, user, end, **shown) for x in (one, other))
-                changed_words += a is not None and b is not None and a.prompt != b.prompt
+            other = replaced(data, user, end, 1 + end % 7)
+            out.append((user, end, *(Builder(d, CONFIG, "films", items_as=items_as) for d in (data, other))))
+    assert {int(data.split[end]) for _, end, *_ in out} == {TRAIN, VALID, TEST}
+    return out
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: f"{t.language}-{t.id}")
+@pytest.mark.parametrize("items_as", ["token", "title", "both"])
+def test_target_and_future_do_not_show(template, items_as):
+    """Nothing of the prompt changes outside the slots that are declared; what is declared is really read."""
+    fixed: dict = {}
+    declared = set()  # what the template says that it reads of the target
+    if template.reads & set(TARGET_WORDS):
+        fixed["wish"] = "declared words"
+        declared.add("wish")
+    if template.reads & {"candidates", "pair"}:
+        fixed["candidates"] = (3, 1, 4) if template.task == "T3" else (3, 1)
+    if template.reads & {"item", "target_item"}:
+        fixed["item"] = 5
+    if "target_item" in template.reads:
+        declared.add("item")
+    changed, compared = dict.fromkeys(declared, 0), 0
+    for user, end, one, other in pairs(items_as):
+        a, b = (prompt(x, template, user, end, **fixed) for x in (one, other))
+        assert a is not None and b is not None
+        assert (a.prompt, a.prompt_items, a.features) == (b.prompt, b.prompt_items, b.features)
+        compared += 1
+        for name in declared:
+            shown = {k: v for k, v in fixed.items() if k != name}
+            a, b = (prompt(x, template, user, end, **shown) for x in (one, other))
+            changed[name] += (
+                a is not None and b is not None and (a.prompt, a.prompt_items) != (b.prompt, b.prompt_items)
+            )
     assert compared > 20
-    assert (changed_words > 0) == template.reads_target  # what is declared is really read
+    assert all(changed.values()) and bool(declared) == template.reads_target
 
 
 @pytest.mark.parametrize("items_as", ["token", "title", "both"])
@@ -80,6 +106,7 @@ def test_training_reads_training_events_only(items_as):
     other = replace(data, item=item, rating=rating)
     a, b = (list(Builder(d, CONFIG, "films", items_as=items_as).training_examples()) for d in (data, other))
     assert a == b
+    assert {e.metric for e in a} == {"next-item", "search", "none"}
     for example in a:
         train = set(data.history(example.user).tolist())
         assert example.target == -1 or example.target in train
@@ -94,7 +121,7 @@ def test_item_slots_come_before_the_target():
             continue
         events = data.history(example.user).tolist()
         before = events[: events.index(example.target)]  # items do not repeat in this data
-        shown = [i for i in example.prompt_items if example.task != "T3" or i not in example.candidates]
+        shown = [i for i in example.prompt_items if i not in example.candidates]
         assert set(shown) <= set(before)
         if example.task == "T2":
             assert shown == before[-CONFIG.short_history_items :]
@@ -153,12 +180,15 @@ def test_order_of_the_catalogue_does_not_show():
             assert one.answer == other.answer
 
 
-def test_place_among_the_candidates_says_nothing():
+@pytest.mark.parametrize(("task", "family"), [("T3", "rerank"), ("T1", "pairwise")])
+def test_place_among_the_candidates_says_nothing(task, family):
     data = small_split(users=300, longest=20)
-    config = replace(CONFIG, search=0, pointwise=0, describe=0, profile=0, rerank=10)
-    place = [e.candidates.index(e.target) for e in Builder(data, config, "films").training_examples() if e.task == "T3"]
-    count = np.bincount(place, minlength=config.candidates)
-    assert len(place) > 2000 and len(count) == config.candidates
+    config = InstructionConfig(**ONLY | {family: 10}, languages=("en", "zh"), candidates=6)
+    made = [e for e in Builder(data, config, "films").training_examples() if e.task == task]
+    place = [e.candidates.index(e.target) for e in made]
+    shown = config.candidates if task == "T3" else 2
+    count = np.bincount(place, minlength=shown)
+    assert len(place) > 2000 and len(count) == shown
     assert chisquare(count).pvalue > 1e-3
-    low = np.asarray([e.target for e in Builder(data, config, "films").training_examples() if e.task == "T3"])
+    low = np.asarray([e.target for e in made])
     assert abs(np.corrcoef(low, place)[0, 1]) < 0.06  # nor does the number of the target decide its place
