@@ -78,7 +78,7 @@ def changed_value(kind: Any, value: Any) -> Any:
     if isinstance(value, dict):
         return {"rating": "stars"}
     if isinstance(value, list):
-        return [*value, *value[:1]]
+        return [*value, *value[:1]] or ["x"]
     if isinstance(value, str):
         return value + "x"
     return 0.25 if value is None else value + 1
@@ -298,6 +298,19 @@ def test_each_setting_makes_another_run_unless_it_only_measures_or_places(key):
         "model.pretrained",  # its tokeniser is copied
     )
     assert (other.data_hash() != Config().data_hash()) == in_data
+
+
+@pytest.mark.parametrize("section", ["templates", "packs"])
+def test_the_words_of_further_files_are_part_of_the_data(tmp_path, section):
+    file = tmp_path / "words.yaml"
+    config = Config(instructions=dataclasses.replace(Config().instructions, **{section: (str(file),)}))
+    hashes = {config.data_hash()}
+    for words in ("a", "b"):
+        file.write_text(words)
+        hashes.add(config.data_hash())
+    assert len(hashes) == 3
+    file.write_text("a")
+    assert config.data_hash() in hashes
 
 
 @pytest.mark.parametrize("key", [k for k in LEAVES if "." in k])

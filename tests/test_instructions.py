@@ -1,3 +1,4 @@
+import hashlib
 import subprocess
 import sys
 from collections import Counter
@@ -15,13 +16,15 @@ from instructrec_jax.instructions.build import FAMILIES, KINDS, Builder, Nothing
 from instructrec_jax.instructions.example import FEATURE_SLOT, ITEM_SLOT, Feature
 from instructrec_jax.instructions.keyed import key, keys
 from instructrec_jax.instructions.negatives import negatives_name, sample_negatives
-from instructrec_jax.instructions.packs import clean_text, load_domain
+from instructrec_jax.instructions.packs import Constraint, clean_text, load_domain
 from instructrec_jax.instructions.render import Slots, render
 from instructrec_jax.instructions.templates import load_templates
 from instructrec_jax.instructions.words import Words
 from tests.small_split import small_split
 
 BOTH = InstructionConfig(languages=("en", "zh"), history_items=8, short_history_items=5, candidates=5)
+WIDENED = ("turn_around", "relatedness", "reasoning")
+MORE = replace(BOTH, rerank_more=2, pointwise_more=2, describe_more=2, pairwise=3, **dict.fromkeys(WIDENED, 2.0))
 
 
 def template(name, language="en"):
@@ -127,6 +130,46 @@ def test_candidates_in_the_text_and_the_answer():
     assert "C; B" in made.prompt and made.prompt_items == (0,)
 
 
+def test_two_items_in_a_question():
+    films, titles = load_domain("films"), ["A", "B", "C"]
+    slots = Slots(history=(0,), candidates=(2, 1), answer=1)
+    made = render(template("pair.p1.b"), slots, films, titles, candidates_as="title")
+    assert made.prompt == f"Two films are left: C and B. Only one of them goes with {ITEM_SLOT}. It is:"
+    assert made.answer == "B"
+    made = render(template("pair.p1.b", "zh"), slots, films, titles)
+    assert made.prompt_items == (2, 1, 0)
+    with pytest.raises(ValueError, match="needs 2 candidates, not 3"):
+        render(template("pair.p1.a"), replace(slots, candidates=(0, 1, 2)), films, titles)
+
+
+def test_answers_of_the_widenings():
+    films, titles = load_domain("films"), ["A", "B", "C", "D"]
+    slots = Slots(history=(0, 1, 2, 3), preference="Enjoys war films.", intention="sad", item=2, answer=2)
+
+    def both(name, language="en"):
+        made = render(template(name, language), slots, films, titles, items_as="title")
+        return made.prompt, made.answer
+
+    assert both("turn.p0.i2.a") == ("Write the search that leads to C:", "sad")
+    assert both("relate.past.p1.i1.a")[1] == "B; C; D"  # the newest three
+    assert both("relate.next.p1.i1.a")[1] == "sad. C"
+    assert both("relate.next.p1.i2.a", "zh")[1] == "sad：C"
+    assert both("reason.p2.a")[1] == "Enjoys war films. C"
+    prompt = render(template("reason.p2.a"), Slots(history=(0,)), films, titles)  # somebody new: no answer yet
+    assert prompt.answer.strip() == ""
+
+
+def test_a_sentence_with_the_names_of_the_data():
+    """A pack decides what the person is called; a user id is never put there from the data."""
+    generic = load_domain("generic")
+    words = {language: dict(given) for language, given in generic.words.items()}
+    words["zh"]["person"] = "用户 u1 "
+    made = render(template("describe.p0.a", "zh"), Slots(answer=0), replace(generic, words=words), ["i1"])
+    assert made.prompt + made.answer == "推荐给用户 u1 的物品是 i1。"
+    made = render(template("describe.p0.a", "zh"), Slots(answer=0), generic, ["i1"])
+    assert made.prompt + made.answer == "推荐给用户的物品是 i1。"
+
+
 def test_features_in_their_slot_or_before_the_prompt():
     films, features = load_domain("films"), (Feature(3, 0.5), Feature(7, 1.0))
     slots = Slots(history=(0,), features=features)
@@ -205,6 +248,43 @@ def test_wishes_say_what_the_data_says():
         assert said == words.intention("I2", target, 1, 5, "en")
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_wishes_name_what_the_pack_says_of_a_column(language):
+    data = small_split()
+    prices = [float("nan") if i == 0 else 3.0 + i for i in range(data.num_items)]
+    levels = [None if i == 1 else "hard" for i in range(data.num_items)]
+    table = data.catalogue.table.append_column("price", [prices]).append_column("level", [levels])
+    with_columns = replace(data, catalogue=replace(data.catalogue, table=table))
+    words = Words(with_columns, load_domain("courses"))
+    plain = Words(data, load_domain("courses"))
+    price = {"en": "for at most {}", "zh": "价格不超过{}"}[language]
+    for item in range(2, data.num_items):
+        said = words.intention("I2", item, 1, 5, language)
+        band = next((edge for edge in (0, 20, 50, 100) if edge >= prices[item]), None)
+        assert said and "hard" in said and price.format(band) in said
+        assert str(plain.intention("I2", item, 1, 5, language)) in said  # only added to
+        assert words.intention("I1", item, 1, 5, language) == plain.intention("I1", item, 1, 5, language)
+    assert "hard" in str(words.intention("I2", 0, 1, 5, language))
+    assert price.format("")[:5] not in str(words.intention("I2", 0, 1, 5, language))
+    assert "hard" not in str(words.intention("I2", 1, 1, 5, language))
+    assert Words(with_columns, load_domain("generic")).intention("I2", 2, 1, 5, language) == Words(
+        data, load_domain("generic")
+    ).intention("I2", 2, 1, 5, language)
+
+
+def test_a_number_beyond_the_last_edge_is_not_said():
+    data = small_split()
+    table = data.catalogue.table.append_column("pages", [[10.0, 100.0, 100.5] + [7.0] * (data.num_items - 3)])
+    data = replace(data, catalogue=replace(data.catalogue, table=table))
+    pack = replace(load_domain("films"), constraints=(Constraint("pages", {"en": "<{value}>"}, (50, 100)),))
+    facets = Words(data, pack).facets
+    assert [facets.limits(item, "en") for item in range(3)] == [["<50>"], ["<100>"], []]
+    assert facets.limits(0, "zh") == []
+    assert Words(data, replace(pack, constraints=(Constraint("pages", {"en": "{value} p"}),))).facets.limits(
+        2, "en"
+    ) == ["100.5 p"]
+
+
 def test_nothing_to_say_is_none_skipped_and_counted():
     data = small_split(labelled=False)
     titles = [f"{chr(97 + i % 26) * 3}{chr(97 + i // 26) * 3}" for i in range(data.num_items)]
@@ -261,6 +341,15 @@ def test_families_have_the_configured_sizes():
         lost = sum(n for k, n in builder.skipped.items() if k.startswith(family + ":"))
         assert builder.written[family] + lost == round(getattr(BOTH, family) * builder.num_windows)
     assert {e.language for e in made} == {"en", "zh"}
+    builder = Builder(data, MORE, "films")
+    kinds = Counter()
+    for example in builder.training_examples():
+        kinds[example.task, example.metric == "none"] += 1
+    for family in FAMILIES:
+        lost = sum(n for k, n in builder.skipped.items() if k.startswith(family + ":"))
+        assert builder.written[family] + lost == round(getattr(MORE, family) * builder.num_windows)
+    assert kinds["T1", False] == builder.written["pairwise"] > 0
+    assert kinds["T2", True] == sum(builder.written[w] for w in WIDENED) > 0
     none = InstructionConfig(search=0, rerank=0, pointwise=0, describe=0, profile=0)
     assert all(e.dense for e in Builder(data, none, "films").training_examples())
 
@@ -287,6 +376,96 @@ def test_examples_are_consistent_and_the_stream_repeats():
             assert (item in bought) == (example.answer in ("Yes", "是"))
             answers[example.answer] += 1
     assert min(answers.values()) > 0.15 * sum(answers.values()) and len(answers) == 4
+
+
+def test_the_default_weights_give_the_data_that_results_were_measured_on():
+    """Wordings of these groups, and their order, are part of every preset's prepared data."""
+    digest = hashlib.sha256()
+    for e in Builder(small_split(), BOTH, "films").training_examples():
+        digest.update(f"{e.template}|{e.prompt}|{e.prompt_items}|{e.answer}|{e.target}|{e.candidates}\n".encode())
+    assert digest.hexdigest()[:16] == "861ac26bde46f21e"
+
+
+def test_pairs_and_widenings_are_consistent():
+    data = small_split(users=30)
+    made = list(Builder(data, MORE, "films").training_examples())
+    templates = {(t.id, t.language): t for t in load_templates()}
+    seen = set()
+    for example in made:
+        template = templates[example.template, example.language]
+        seen.add((template.kind, *template.aspects))
+        assert not template.held_out
+        history = data.history(example.user).tolist()
+        if example.task == "T1":
+            assert len(set(example.candidates)) == 2 and example.target in example.candidates
+            assert example.answer == data.catalogue.titles[example.target]
+            (other,) = set(example.candidates) - {example.target}
+            assert other not in history
+        elif "target_item" in template.reads:  # what is shown is not to be predicted
+            assert example.target == -1 and example.prompt_items[-1] in history
+        elif template.kind in ("relatedness", "reasoning"):
+            assert example.target >= 0 and example.answer.endswith(data.catalogue.titles[example.target])
+        assert example.answer or template.kind in ("sequential", "search")
+        if template.answered_by == {"history_titles"}:
+            before = history[: history.index(example.prompt_items[-1])]
+            between = {"en": "; ", "zh": "；"}[example.language]
+            assert example.answer == between.join(data.catalogue.titles[i] for i in before[-3:])
+    trained = {(t.kind, *t.aspects) for t in templates.values() if not t.held_out and "features" not in t.reads}
+    assert seen == trained  # every group of the grid is written
+
+
+def test_training_on_some_families():
+    data = small_split(users=30)
+    chosen = replace(MORE, families=("seq.p1.b", "search.p0", "rerank.p1.i1", "turn.p2"))
+    builder = Builder(data, chosen, "films")
+    made = list(builder.training_examples())
+    assert {".".join(e.template.split(".")[:2]) for e in made} == {"seq.p1", "search.p0", "rerank.p1", "turn.p2"}
+    assert {e.template for e in made if e.template.startswith("seq")} == {"seq.p1.b"}
+    assert set(builder.written) == {"sequential", "search", "rerank_more", "turn_around"}
+    # A family's weight stays: it is spread over what is left of it.
+    lost = builder.skipped["search: nothing to say of the item or the history"]
+    assert builder.written["search"] + lost == round(chosen.search * builder.num_windows)
+    assert sum(builder.shares("search", "en").values()) == pytest.approx(1)
+    end = int(data.offsets[1]) - 1  # what is measured does not change
+    assert builder.evaluation_prompt("sequential", 0, end) == Builder(data, MORE, "films").evaluation_prompt(
+        "sequential", 0, end
+    )
+    with pytest.raises(ConfigError, match="did you mean"):
+        Builder(data, replace(BOTH, families=("sequ",)), "films")
+
+
+def test_all_families_named_are_all_families():
+    data = small_split()
+    every = tuple({t.id.split(".")[0] for t in load_templates() if not t.held_out})
+    a, b = (list(Builder(data, c, "films").training_examples()) for c in (MORE, replace(MORE, families=every)))
+    assert a == b
+
+
+def test_a_held_out_wording_is_measured_by_its_id():
+    data = small_split()
+    builder, end = Builder(data, BOTH, "films"), int(data.offsets[1]) - 1
+    plain = builder.evaluation_prompt("rerank-personal-search-vague", 0, end)
+    held = builder.evaluation_prompt("rerank-personal-search-vague", 0, end, template="gift.p1.i1.rerank")
+    assert (plain.template, held.template) == ("rerank.p1.i1.a", "gift.p1.i1.rerank")
+    assert (held.candidates, held.target, held.metric) == (plain.candidates, plain.target, "search")
+    with pytest.raises(ConfigError, match=r"no 'en' template of rerank, P1, I1 has the id 'seq\.p1\.a'"):
+        builder.evaluation_prompt("rerank-personal-search-vague", 0, end, template="seq.p1.a")
+
+
+def test_a_template_and_a_pack_of_a_team_are_trained(tmp_path):
+    (tmp_path / "t.yaml").write_text(
+        "language: en\ntemplates:\n  - {id: our.a, aspects: [P1, I0, T2], reads: [history], metric: next-item, "
+        'prompt: "Our {nouns}: {history}"}\n'
+    )
+    (tmp_path / "p.yaml").write_text(
+        "wines:\n  en: {noun: wine, nouns: wines, a_noun: a wine, verb: drink, verb_past: drunk, person: taster, "
+        'labelled: "{labels} {nouns}", branded: "{nouns} by {brands}", worded: "{nouns} named {words}"}\n'
+    )
+    config = InstructionConfig(templates=(str(tmp_path / "t.yaml"),), packs=(str(tmp_path / "p.yaml"),))
+    made = list(Builder(small_split(), config, "wines").training_examples())
+    ours = [e for e in made if e.template == "our.a"]
+    assert ours and ours[0].prompt.startswith("Our wines: ")
+    assert not [e for e in made if "film" in e.prompt]
 
 
 def test_another_seed_gives_other_examples():
@@ -333,13 +512,15 @@ def test_evaluation_prompts(kind, language):
     for user, end, target in zip(*(getattr(data.cases(TEST), f) for f in ("user", "end", "target"))):
         example = builder.evaluation_prompt(kind, int(user), int(end), language=language)
         assert example == builder.evaluation_prompt(kind, int(user), int(end), language=language)
-        assert example.language == language and (kind == "pointwise" or example.target == target)
+        assert example.language == language and (example.task == "T0" or example.target == target)
         if example.preference == "P1" and example.task == "T2":  # valid event is history at test time
             budget = BOTH.history_items if kind == "sequential" else BOTH.short_history_items
             history = data.item[data.offsets[user] : end][-budget:]
             assert list(example.prompt_items) == history.tolist()
         if example.task == "T3":
             assert target in example.candidates and len(set(example.candidates)) == BOTH.candidates
+        if example.task == "T1":
+            assert target in example.candidates and len(set(example.candidates)) == 2
 
 
 def test_evaluation_prompt_edges():

@@ -16,6 +16,7 @@ from instructrec_jax.data.tokenise import encode_example, encode_prompt, task_of
 from instructrec_jax.data.tokenizer import Text
 from instructrec_jax.errors import DataError
 from instructrec_jax.instructions.example import FEATURE_SLOT, ITEM_SLOT, Feature, InstructionExample
+from instructrec_jax.training.loss import NUM_TASKS
 
 I, F = ITEM_SLOT, FEATURE_SLOT  # noqa: E741
 CORPUS = ["I watched these films:", "Recommend the next one.", "The Matrix (1999)", "看过的电影", "Heat (1995)"] * 3
@@ -125,12 +126,15 @@ def test_items_of_an_answer_are_read_but_not_predicted_as_words(text):
         ({"intention": "I2", "answer": "x"}, "describe"),
         ({"task": "T3", "intention": "I1"}, "rerank"),
         ({"task": "T0", "answer": "Yes"}, "pointwise"),
+        ({"task": "T1", "answer": "x"}, "pairwise"),
+        ({"metric": "none", "answer": "x"}, "widened"),
     ],
 )
 def test_the_task_is_numbered_from_one(text, fields, name):
     made = example("a b c", **fields)
     assert task_of(made) == name
     assert set(encode_example(made, text)["task"].tolist()) == {tokenise.TASKS.index(name) + 1}
+    assert len(tokenise.TASKS) < NUM_TASKS  # 0 is padding
 
 
 @given(st.lists(st.one_of(st.text(CHARS, max_size=8), st.sampled_from([I, F])), max_size=10), st.text(CHARS), st.data())
