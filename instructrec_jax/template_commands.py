@@ -53,8 +53,8 @@ def check(files: tuple[str, ...], where: str | None) -> None:
         templates += [t for t in made if not isinstance(t, str)]
         packs += [p for p in made if isinstance(p, str)]
         if not problems:
-            what = "domain packs" if any(isinstance(m, str) for m in made) else "templates"
-            click.echo(f"{name}: {len(made)} {what}, nothing wrong")
+            what = "domain pack" if any(isinstance(m, str) for m in made) else "template"
+            click.echo(f"{name}: {len(made)} {what}{'s' if len(made) != 1 else ''}, nothing wrong")
     if bad:
         click.echo(f"{bad} problem{'s' if bad > 1 else ''}", err=True)
         sys.exit(1)
@@ -244,7 +244,7 @@ def _check_one(name: str, templates: list[Template], packs: list[str]) -> tuple[
     from instructrec_jax.instructions.yaml_file import YamlFile
 
     file = YamlFile(name)
-    keys = {key.value for key, _ in file.root.value} if file.root is not None and file.root.id == "mapping" else set()
+    keys = file.keys()
     made: list[Any]
     if keys & {"templates", "language"} or not keys:
         made = list(check_template_file(file, templates))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 
 import pyarrow as pa
@@ -107,14 +107,10 @@ class Facets:
             if not (column := self._columns.get(constraint.column)) or language not in constraint.say:
                 continue
             value = column[item]
-            if isinstance(value, float):
-                if constraint.edges and not math.isnan(value):
-                    place = bisect.bisect_left(constraint.edges, value)
-                    value = constraint.edges[place] if place < len(constraint.edges) else None
-                value = None if value is None or math.isnan(value) else f"{value:g}"
-            elif constraint.edges:
-                value = None  # words where the pack expects a number
-            said = clean_text(value or "")
+            if isinstance(value, float | int):
+                said = _number(float(value), constraint.edges)
+            else:  # words where the pack expects a number say nothing
+                said = "" if constraint.edges else clean_text(value or "")
             if said and len(said) <= _MAX_LABEL:
                 out.append(constraint.say[language].format(value=said))
         return out
@@ -153,3 +149,10 @@ class Facets:
                 own.append(tag)
         ranked = {i: sorted(c, key=lambda t: (-c[t], t)) for i, c in by_item.items()}
         return ranked, by_user
+
+
+def _number(value: float, edges: Sequence[float]) -> str:
+    """The value, rounded up to the next edge where there are some; empty for none, and beyond the last edge."""
+    if edges and not math.isnan(value):
+        value = next((edge for edge in edges if edge >= value), math.nan)
+    return "" if math.isnan(value) else f"{value:g}"

@@ -51,6 +51,10 @@ class YamlFile:
             if self.root is None:
                 self.problems.append(Problem(str(self.path), 1, 1, "the file is empty; it must be a mapping"))
 
+    def keys(self) -> set[str]:
+        """The keys of the file's top mapping; none where it is no mapping."""
+        return {str(key.value) for key, _ in self.root.value} if isinstance(self.root, yaml.MappingNode) else set()
+
     def note(self, node: yaml.Node, problem: str, *, find: str = "", remedy: str = "") -> None:
         """Add a problem at the node, or at the first ``find`` inside it."""
         line, column = node.start_mark.line, node.start_mark.column
