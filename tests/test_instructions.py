@@ -466,6 +466,8 @@ def test_a_template_and_a_pack_of_a_team_are_trained(tmp_path):
     ours = [e for e in made if e.template == "our.a"]
     assert ours and ours[0].prompt.startswith("Our wines: ")
     assert not [e for e in made if "film" in e.prompt]
+    with pytest.raises(ConfigError, match="has no 'zh'"):
+        next(Builder(small_split(), replace(config, languages=("en", "zh")), "wines").training_examples())
 
 
 def test_another_seed_gives_other_examples():

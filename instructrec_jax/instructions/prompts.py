@@ -13,7 +13,7 @@ from instructrec_jax.errors import ConfigError, UserError, did_you_mean
 from instructrec_jax.instructions.example import Feature, InstructionExample
 from instructrec_jax.instructions.keyed import keys
 from instructrec_jax.instructions.negatives import sample_negatives
-from instructrec_jax.instructions.packs import Domain, clean_text, load_domain
+from instructrec_jax.instructions.packs import Domain, clean_text, load_domain, word_slots
 from instructrec_jax.instructions.render import ItemsAs, Slots, render
 from instructrec_jax.instructions.template import Template
 from instructrec_jax.instructions.templates import in_families, load_templates
@@ -231,6 +231,7 @@ class Prompter:
         return self._groups[name]
 
     def _templates(self, language: str) -> list[Template]:
+        word_slots(self.domain, language)  # a pack without this language is told before anything is written
         return (
             self.templates if language in self.config.languages else load_templates([language], self.config.templates)
         )
