@@ -32,9 +32,10 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
         raise ConfigError(f"only one mesh axis may be -1, not {' and '.join(free)}")
     if free:
         if devices % fixed:
+            nearest = max(n for n in range(1, fixed + 1) if devices % n == 0)
             raise ConfigError(
                 f"mesh axes {sizes} do not divide {devices} devices",
-                remedy=f"their product {fixed} must divide {devices}",
+                remedy=f"their product {fixed} must divide {devices}; the nearest that does is {nearest}",
             )
         sizes[free[0]] = devices // fixed
     elif fixed != devices:
@@ -84,7 +85,7 @@ def slices_of(devices: list) -> int:
     return len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}) or 1
 
 
-def hybrid_grid(shape: tuple[int, int, int], slices: int, devices: list) -> np.ndarray:
+def hybrid_grid(shape: tuple[int, ...], slices: int, devices: list) -> np.ndarray:
     """Devices ``[replica, fsdp, tensor]`` with every slice in replicas of its own.
 
     Raises:

@@ -227,7 +227,8 @@ def _backward_local(
             probability = jnp.where(real, jnp.exp(logits - total[..., None]), 0.0)
             by_logits = probability * by[1][..., None] + jnp.where(hit, by[0][..., None], 0.0)
             if plan.softcap:
-                by_logits = by_logits * (1 - (logits / plan.softcap) ** 2)
+                capped = jnp.where(tile.numbers < plan.count, logits, 0.0)
+                by_logits = by_logits * (1 - (capped / plan.softcap) ** 2)
             narrow = by_logits.astype(hidden.dtype)
             by_h = by_h + jnp.einsum("bct,td->bcd", narrow, tile.rows, preferred_element_type=jnp.float32)
             by_rows, by_part = so_far
