@@ -265,7 +265,7 @@ def training_iterator(
         raise ConfigError(f"{len(source)} records cannot feed {process_count} processes")
     rows = batch_size // process_count
     # Of Grain: a permutation of every epoch, any place of which is computed by itself.
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    order: Any = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
     def make(remaining: Remaining, given: int) -> Iterator[tuple[Batch, int]]:
         def example(place: int) -> np.ndarray:

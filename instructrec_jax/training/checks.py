@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def _differences(mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
             used = {name: gathered(table, RULES.table_vd) for name, table in tables.items()}
             hidden = lookup(used["words"], micro["tokens"]) + lookup(used["items"], micro["item"])
             bias = jnp.zeros(ids, out_sharding=RULES.vector_v)
-            out = Output(hidden, used["words"], None, used["items"], bias, None)
+            out = Output(hidden, used["words"], None, used["items"], bias, cast(Any, None))
             return head_losses(out, micro, totals, ids, train, arch)
 
         return batch_gradients(micro_loss, tables, batch, jax.random.key(0))[2]

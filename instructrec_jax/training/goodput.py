@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-KINDS = ("init", "compile", "data", "step", "checkpoint", "evaluate", "lost")
+KINDS: tuple[str, ...] = ("init", "compile", "data", "step", "checkpoint", "evaluate", "lost")
 PREFIX = "goodput/"
 
 
