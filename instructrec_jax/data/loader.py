@@ -87,8 +87,9 @@ class Remaining:
 class _Dealt:
     """One process's places of what remains, as a random-access source of the examples there."""
 
-    def __init__(self, order: grain.MapDataset, remaining: Remaining, process: int, processes: int):
-        self._order, self._remaining, self._process, self._processes = order, remaining, process, processes
+    def __init__(self, order: grain.MapDataset, name: str, remaining: Remaining, process: int, processes: int):
+        self._order, self._name, self._remaining = order, name, remaining
+        self._process, self._processes = process, processes
 
     def __len__(self) -> int:
         return (sys.maxsize - self._remaining.start) // self._processes
@@ -97,7 +98,8 @@ class _Dealt:
         return self._order[self._remaining[self._process + self._processes * index]]
 
     def __repr__(self) -> str:
-        return f"_Dealt({self._process} of {self._processes}, {self._remaining.start})"
+        # Grain compares this when it restores an iterator: another data set is noticed.
+        return f"_Dealt({self._name}, {self._process} of {self._processes}, from {self._remaining.start})"
 
 
 class TrainingBatches:
@@ -229,7 +231,7 @@ def training_iterator(
     order = grain.MapDataset.source(source).seed(seed)[:].shuffle().repeat()
 
     def make(remaining: Remaining) -> grain.DatasetIterator:
-        dealt = grain.MapDataset.source(_Dealt(order, remaining, process_index, process_count))
+        dealt = grain.MapDataset.source(_Dealt(order, repr(source), remaining, process_index, process_count))
         stream = dealt.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * rows))
         stream = grain.experimental.FirstFitPackIterDataset(
             stream,
