@@ -33,7 +33,7 @@ from instructrec_jax.training import hosts
 from instructrec_jax.training.checkpoint import Checkpoints
 from instructrec_jax.training.goodput import Ledger
 from instructrec_jax.training.loop import Finished, train
-from instructrec_jax.training.mesh import make_mesh
+from instructrec_jax.training.mesh import data_slice, make_mesh
 from instructrec_jax.training.step import init_model
 
 Say = Callable[[str], None]
@@ -211,14 +211,15 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
             values = metrics_at(ranks, cutoffs)
             return {f"{m}@{k}": float(values[f"{m}@{k}"].mean()) for k in cutoffs for m in ("ndcg", "hr")}
 
+        index, count = data_slice(make_mesh(config.mesh))
         batches = training_iterator(
             s.prepared.records,
             s.prepared.text,
             batch_size=config.train.batch_size,
             sequence_length=config.train.sequence_length,
             seed=config.train.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=index,
+            process_count=count,
             say=hosts.voice(say),
         )
         try:

@@ -55,12 +55,13 @@ def _killed_in_save() -> None:
     TrainingBatches.save = deadly
 
 
-def losses(mesh: Any, steps: int, process: int, processes: int) -> list[float]:
+def losses(mesh: Any, steps: int) -> list[float]:
     """Losses of the first steps on a mesh, where this process feeds its rows of every batch of 16."""
     import jax
 
     from instructrec_jax.config import Config, ModelConfig, TrainConfig
     from instructrec_jax.models import architecture
+    from instructrec_jax.training.mesh import data_slice
     from instructrec_jax.training.step import init_model, init_state, make_train_step, put_batch
     from tests.tiny import NUM_ITEMS, SIZES, content, random_batch
 
@@ -68,7 +69,8 @@ def losses(mesh: Any, steps: int, process: int, processes: int) -> list[float]:
         model=ModelConfig(width=32, heads=4, kv_heads=2, head_size=8, mlp_width=64, dropout=0.2, item_dropout=0.1),
         train=TrainConfig(batch_size=16, sequence_length=32, logits_chunk=8, steps=20, warmup_steps=2),
     )
-    rows = slice(process * 16 // processes, (process + 1) * 16 // processes)
+    index, count = data_slice(mesh)
+    rows = slice(index * 16 // count, (index + 1) * 16 // count)
     out = []
     with jax.set_mesh(mesh):
         features = content()
@@ -87,14 +89,12 @@ def main() -> None:
     """See the module's text."""
     what = sys.argv.pop(1)
     if what == "losses":
-        import jax
-
         from instructrec_jax.config import MeshConfig
         from instructrec_jax.training import hosts
         from instructrec_jax.training.mesh import make_mesh
 
         hosts.start()
-        found = losses(make_mesh(MeshConfig()), 20, jax.process_index(), jax.process_count())
+        found = losses(make_mesh(MeshConfig(*map(int, sys.argv[1:]))), 20)
         hosts.voice(print)(json.dumps(found))
         return
     if what == "killed-in-save":

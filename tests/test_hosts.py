@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +23,7 @@ from instructrec_jax import prepare
 from instructrec_jax.config import MeshConfig
 from instructrec_jax.errors import ConfigError
 from instructrec_jax.training import hosts
-from instructrec_jax.training.mesh import make_mesh
+from instructrec_jax.training.mesh import data_slice, make_mesh
 from tests.accidents import losses
 from tests.tiny import tiny_config, write_slice
 
@@ -157,18 +159,47 @@ def together(
     finally:
         for process in started:
             process.kill()
+    outputs = ["".join(s for s in text.splitlines(True) if not s.startswith("[Gloo]")) for text in outputs]
     return [(process.returncode, output) for process, output in zip(started, outputs)]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_have_the_losses_of_one(processes: int) -> None:
-    ended = together(["losses"] * processes, [])
+@pytest.mark.parametrize(
+    ("processes", "devices", "mesh"),
+    [
+        (2, 2, (1, 4, 1)),
+        pytest.param(4, 2, (2, 2, 2), marks=pytest.mark.slow),
+        pytest.param(2, 1, (1, 1, 2), marks=pytest.mark.slow),  # both hold all rows
+        pytest.param(4, 1, (1, 2, 2), marks=pytest.mark.slow),
+    ],
+)
+def test_processes_have_the_losses_of_one(processes: int, devices: int, mesh: tuple[int, int, int]) -> None:
+    ended = together(["losses"] * processes, list(map(str, mesh)), devices=devices)
     assert [status for status, _ in ended] == [0] * processes, ended
-    found = json.loads(ended[0][1].strip().splitlines()[-1])
     assert not any(output.strip().endswith("]") for _, output in ended[1:]), "only the first one speaks"
-    alone = losses(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), 20, 0, 1)
+    found = json.loads(ended[0][1].strip().splitlines()[-1])
+    alone = losses(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), 20)
     assert len(found) == len(alone) == 20
     np.testing.assert_allclose(found, alone, rtol=1e-5)
+
+
+def some_mesh(processes: int, devices: int, *shape: int) -> Any:
+    """Stands in for a mesh over the devices of several processes."""
+    every = [SimpleNamespace(process_index=n // devices) for n in range(processes * devices)]
+    names = ("replica", "fsdp", "tensor")
+    return SimpleNamespace(devices=np.array(every).reshape(shape), shape=dict(zip(names, shape)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "slices"),
+    [((4, 2, 1, 8, 1), 4), ((4, 2, 2, 2, 2), 4), ((4, 2, 1, 2, 4), 2), ((4, 2, 1, 1, 8), 1), ((1, 8, 2, 2, 2), 1)],
+)
+def test_processes_that_hold_the_same_rows_read_the_same(arguments: tuple[int, ...], slices: int) -> None:
+    assert data_slice(some_mesh(*arguments)) == (0, slices)
+
+
+def test_a_mesh_that_cuts_the_batch_across_processes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cuts the batch across its 3 processes"):
+        data_slice(some_mesh(3, 2, 1, 2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +255,7 @@ def test_killed_in_a_save_and_continued_by_fewer_processes(data: Path, tmp_path:
     assert [status for status, _ in ended] == [143, 143], ended
     assert (
         "resumed from step 4" in ended[0][1]
-        and "the loader's position is that of 4 processes, there are 2" in ended[0][1]
+        and "the loader's position is that of 4 slices of the data, there are 2" in ended[0][1]
     )
     stopped = complete(run)[-1]
     assert 4 < stopped < 12 and f"saved step {stopped}" in ended[0][1]
@@ -257,7 +288,7 @@ def test_told_while_validating(data: Path, tmp_path: Path) -> None:
     assert complete(run)[-1] == 6
     ended = together(["none"] * 2, ["train", config, "--run", str(run)])
     assert [status for status, _ in ended] == [0, 0], ended
-    assert "resumed from step 6\nstep 6: validation" in ended[0][1].replace("\r", "")
+    assert "resumed from step 6\nstep 6: validation" in ended[0][1]
 
     # As many processes as before: nothing differs from the run that was not stopped.
     one, two = logged(tmp_path / "whole"), logged(run)

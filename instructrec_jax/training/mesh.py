@@ -40,3 +40,26 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.M
     sizes = mesh_sizes(config, len(devices))
     # axis_types is always named: its default has changed between JAX versions.
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+
+
+def data_slice(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """(index, number) of the slice of every batch that this process reads.
+
+    Usually each process reads its own; processes whose devices hold the same rows, because a ``tensor`` axis spans them, read the same.
+
+    Raises:
+        ConfigError: the rows of two processes overlap without being the same.
+    """
+    rows: dict[int, set[int]] = {}
+    for (replica, fsdp, _), device in np.ndenumerate(mesh.devices):
+        rows.setdefault(device.process_index, set()).add(replica * mesh.devices.shape[1] + fsdp)
+    slices = sorted({tuple(sorted(own)) for own in rows.values()})
+    if (
+        len({len(own) for own in slices}) > 1
+        or len(slices) * len(slices[0]) != mesh.devices.shape[0] * mesh.devices.shape[1]
+    ):
+        raise ConfigError(
+            f"the mesh {dict(mesh.shape)} cuts the batch across its {len(rows)} processes: they hold the shards {slices}",
+            remedy="let mesh.tensor divide the devices of a process, or be a multiple of them",
+        )
+    return slices.index(tuple(sorted(rows[jax.process_index()]))), len(slices)

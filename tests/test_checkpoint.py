@@ -1,0 +1,176 @@
+"""Checkpoints: which are kept, where and as what they are read again, on a disk and in a bucket."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import P
+
+from instructrec_jax import config as configs
+from instructrec_jax import prepare
+from instructrec_jax.config import MeshConfig
+from instructrec_jax.errors import UserError
+from instructrec_jax.files import GrowingCopy, path_of, write_atomic
+from instructrec_jax.training.checkpoint import Checkpoints, check_writable
+from instructrec_jax.training.mesh import make_mesh
+from tests.test_hosts import free_port
+from tests.tiny import tiny_config, write_slice
+
+
+class Position:
+    """A loader that only counts."""
+
+    def __init__(self, place: int = 0):
+        self.place = place
+
+    async def save(self, directory: Any) -> Any:
+        async def write(text: str = str(self.place)) -> None:
+            ((await directory.await_creation()) / "place").write_text(text)
+
+        return write()
+
+    async def load(self, directory: Any) -> Any:
+        async def read() -> None:
+            self.place = int((directory / "place").read_text())
+
+        return read()
+
+
+def state(mesh: jax.sharding.Mesh, dtype: str = "float32", spec: P = P("fsdp", "tensor")) -> dict:
+    values = np.arange(64, dtype=np.float32).reshape(8, 8) / 7
+    put = jax.device_put(jnp.asarray(values, dtype), jax.NamedSharding(mesh, spec))
+    return {"params": {"w": put}, "opt": {"m": put * 2}}
+
+
+def test_latest_best_and_every_n_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_every=4, clean=True)
+    for step, score in zip(range(1, 10), [0.1, 0.2, 0.9, 0.3, None, 0.3, None, 0.1, 0.1]):
+        metrics = None if score is None else {"ndcg@10": score}
+        checkpoints.save(step, state(make_mesh(MeshConfig())), Position(step), {}, metrics)
+    checkpoints.close()
+    assert sorted(int(p.name) for p in tmp_path.iterdir()) == [3, 4, 8, 9]
+    again = Checkpoints(tmp_path)
+    assert (again.best(), again.latest(), again.metrics(3)) == (3, 9, {"ndcg@10": 0.9})
+    again.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_mesh_and_dtype(tmp_path: Path, dtype: str) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state(make_mesh(MeshConfig(2, 2, 2))), Position(17), {}, None)
+    checkpoints.wait()
+    for mesh in (make_mesh(MeshConfig(1, 4, 2)), make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
+        wanted, place = state(mesh, dtype, P("tensor", "fsdp")), Position()
+        found = checkpoints.restore(1, wanted, place)
+        assert place.place == 17
+        for key in ("params", "opt"):
+            a, b = jax.tree.leaves(found[key])[0], jax.tree.leaves(wanted[key])[0]
+            assert a.dtype == b.dtype and a.sharding == b.sharding
+        np.testing.assert_array_equal(found["params"]["w"], wanted["params"]["w"])
+        only = checkpoints.restore_params(1, wanted["params"])
+        np.testing.assert_array_equal(only["w"], wanted["params"]["w"])
+    checkpoints.close()
+
+
+def test_a_step_that_was_not_validated_is_replaced(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    one = state(make_mesh(MeshConfig()))
+    checkpoints.save(2, one, Position(), {}, None)
+    checkpoints.wait()
+    assert checkpoints.metrics(2) == {}
+    checkpoints.save(2, one, Position(5), {}, {"ndcg@10": 0.5})
+    checkpoints.wait()
+    assert checkpoints.metrics(2) == {"ndcg@10": 0.5} and checkpoints.best() == checkpoints.latest() == 2
+    place = Position()
+    checkpoints.restore(2, one, place)
+    assert place.place == 5
+    checkpoints.close()
+
+
+def test_what_a_kill_left_is_removed_by_the_run_alone(tmp_path: Path) -> None:
+    (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
+    reader = Checkpoints(tmp_path)
+    assert reader.latest() is None and (tmp_path / "7.orbax-checkpoint-tmp").exists()
+    reader.close()
+    Checkpoints(tmp_path, clean=True).close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_way_stops_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to .*run.*\n.*--runs"):
+        check_writable(tmp_path / "run", 0)
+
+
+# -------------------------------------------------------------------------------------------------------------- a bucket
+
+
+def test_paths_of_buckets_keep_their_slashes() -> None:
+    config = tiny_config(Path("x"))
+    tree = configs.to_dict(config) | {"runs": "gs://bucket/runs"}
+    assert str(configs.run_dir(configs.from_dict(tree))).startswith("gs://bucket/runs/tiny-")
+    assert str(path_of("gs://bucket/a") / "b") == "gs://bucket/a/b"
+    assert path_of("a/b") == Path("a/b")
+
+
+def test_growing_files_are_copied_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "far"
+    write_atomic(folder / "metrics.jsonl", "1\n")
+    copy = GrowingCopy(folder, seconds=0)
+    with (copy.local / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write("2\n")
+    copy.update()
+    assert (folder / "metrics.jsonl").read_text() == "1\n2\n"
+    copy.close()
+    assert not copy.local.exists()
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told to stop, continued and evaluated, all in a bucket of an emulated Google Cloud Storage."""
+    pytest.importorskip("gcsfs")
+    server = pytest.importorskip("gcp_storage_emulator.server")
+    port = free_port()
+    storage = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    storage.start()
+    environ = {
+        **os.environ,
+        "JAX_NUM_CPU_DEVICES": "2",
+        "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",  # gcsfs
+        "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{port}",  # arrays
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
+    }
+    try:
+        write_slice(tmp_path / "data", users=40)
+        config = tiny_config(tmp_path)
+        prepare.prepare(config, lambda _: None)
+        (tmp_path / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
+
+        def command(accident: str, *arguments: str) -> tuple[int, str]:
+            words = [sys.executable, "-m", "tests.accidents", accident, *arguments]
+            root = Path(__file__).parent.parent
+            done = subprocess.run(words, env=environ, cwd=root, capture_output=True, text=True)
+            return done.returncode, done.stdout + done.stderr
+
+        train = ("train", str(tmp_path / "config.yaml"), "--runs")
+        status, said = command("none", *train, "gs://no-such-bucket/runs")
+        assert status == 2 and "cannot write to gs://no-such-bucket/runs" in said and "step" not in said, said
+        status, said = command("told-in-step", *train, "gs://bucket/runs")
+        assert status == 143 and "saved step 3" in said, said
+        status, said = command("none", *train, "gs://bucket/runs")
+        assert status == 0 and "resumed from step 3" in said, said
+        run = said.splitlines()[0].removeprefix("run: ")
+        assert run.startswith("gs://bucket/runs/tiny-")
+        status, said = command("none", "evaluate", run, "--json")
+        assert status == 0 and "ndcg@10" in json.loads(said.splitlines()[-1])["model"], said
+    finally:
+        storage.stop()
