@@ -60,7 +60,7 @@ bench: $(READY) ## run the benchmarks (docs/benchmarks.md)
 	  [ -f "$$file" ] || continue; \
 	  found=yes; echo "== $$file"; \
 	  python=$(BIN)/python; \
-	  if grep -q 'import torch' "$$file"; then \
+	  if grep -q 'Needs torch\|import torch' "$$file"; then \
 	    python=$(PARITY)/bin/python; \
 	    [ -f $(PARITY)/.ready ] || { echo "skipped: it compares with PyTorch; make parity sets that up"; continue; }; \
 	  fi; \

@@ -185,6 +185,16 @@ def test_an_error_in_the_thread_comes_with_its_batch(made, monkeypatch):
     stream.close()
 
 
+def test_a_position_in_other_data_is_refused(made):
+    state = batches(made).get_state()
+    longer = training_iterator(made[0], made[1], batch_size=ROWS, sequence_length=2 * LENGTH, seed=0)
+    for go in (longer.set_state, lambda state: longer.deal([state])):
+        with pytest.raises(
+            DataError, match=r"position is one in TokenisedRecords.*, 64\), the prepared data is .*, 128\)"
+        ):
+            go(state)
+
+
 def test_first_fit():
     """Sizes 5 4 3 6 2 into two rows of 10: 5+4, 3+6; the 2 has no room and begins the next batch."""
     sizes = [5, 4, 3, 6, 2]

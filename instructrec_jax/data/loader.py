@@ -31,7 +31,7 @@ from jaxtyping import Int32
 from instructrec_jax.data.records import Records
 from instructrec_jax.data.tokenise import FIELDS, encode_example, truncate
 from instructrec_jax.data.tokenizer import Text
-from instructrec_jax.errors import ConfigError
+from instructrec_jax.errors import ConfigError, DataError
 
 Batch = dict[str, np.ndarray]
 BATCH_KEYS = (*FIELDS, "segment_ids", "positions")
@@ -64,6 +64,9 @@ class TokenisedRecords:
             self._room -= table.nbytes
             self._cache[index] = table
         return table
+
+    def __repr__(self) -> str:
+        return f"TokenisedRecords({self._records!r}, {self._length})"
 
 
 def packed(
@@ -124,11 +127,16 @@ class TrainingBatches:
     def __init__(
         self,
         make: Callable[[Remaining, int], Iterator[tuple[Batch, int]]],
+        data: str,
         process_index: int,
         process_count: int,
         say: Callable[[str], None],
     ):
-        """``make``: what remains, and the number that this process has given of it, to batches with that number after each."""
+        """``make``: what remains, and the number that this process has given of it, to batches with that number after each.
+
+        ``data`` names the examples: a position in others is refused.
+        """
+        self._data = data
         self._make, self._process, self._processes, self._say = make, process_index, process_count, say
         self._go_on(Remaining(), 0)
 
@@ -146,15 +154,22 @@ class TrainingBatches:
             "given": self._given,
             "holes": list(self._remaining.holes),
             "start": self._remaining.start,
+            "data": self._data,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go to a position that ``get_state`` gave on as many processes."""
+        """Go to a position that ``get_state`` gave on as many processes.
+
+        Raises:
+            DataError: it is one in other examples.
+        """
+        self._check_data(state)
         self._ahead.close()
         self._go_on(Remaining(tuple(state["holes"]), state["start"]), state["given"])
 
     def deal(self, states: Sequence[dict[str, Any]]) -> None:
         """Go on after the positions of all processes, which were another number than now."""
+        self._check_data(states[0])
         before = Remaining(tuple(states[0]["holes"]), states[0]["start"])
         self._ahead.close()
         self._go_on(before.after([state["given"] for state in states]), 0)
@@ -163,6 +178,13 @@ class TrainingBatches:
             f"those of an uninterrupted run; {sum(s['given'] for s in states):,} examples were given since the last such change, and "
             "each that is left of an epoch comes once"
         )
+
+    def _check_data(self, state: dict[str, Any]) -> None:
+        if state["data"] != self._data:
+            raise DataError(
+                f"the loader's position is one in {state['data']}, the prepared data is {self._data}",
+                remedy="prepare the data that the run began with, or begin another run",
+            )
 
     def _go_on(self, remaining: Remaining, given: int) -> None:
         self._remaining, self._given = remaining, given
@@ -265,7 +287,7 @@ def training_iterator(
         raise ConfigError(f"{len(source)} records cannot feed {process_count} processes")
     rows = batch_size // process_count
     # Of Grain: a permutation of every epoch, any place of which is computed by itself.
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    order: Any = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
     def make(remaining: Remaining, given: int) -> Iterator[tuple[Batch, int]]:
         def example(place: int) -> np.ndarray:
@@ -275,7 +297,7 @@ def training_iterator(
             batch, given = packed(example, given, rows, sequence_length)
             yield batch, given
 
-    return TrainingBatches(make, process_index, process_count, say)
+    return TrainingBatches(make, repr(source), process_index, process_count, say)
 
 
 def useful_share(batch: Batch) -> float:

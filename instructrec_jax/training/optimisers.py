@@ -153,7 +153,7 @@ def orthogonal_updates() -> optax.GradientTransformation:
         del params
         return jax.tree_util.tree_map_with_path(leaf, updates), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def orthogonalised(stack: Float[Array, "L A B"]) -> Float[Array, "L A B"]:

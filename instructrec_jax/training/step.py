@@ -158,7 +158,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(train.seed), state["step"])
         loss, sums, grads = batch_gradients(micro_loss, state["params"], batch, key)
         updates, opt = tx.update(grads, state["opt"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
+        params = cast(Tree, optax.apply_updates(state["params"], updates))
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
