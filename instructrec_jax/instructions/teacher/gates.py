@@ -95,19 +95,18 @@ class Gates:
         return f"it holds personal data ({', '.join(scrub.counts)})" if scrub.counts else ""
 
     def _grounded(self, ask: Ask, evidence: Evidence, text: str) -> str:
-        said = {_singular(w) for w in tokens(text)}
-        own, lower = self._known_labels(evidence, ask.language), text.lower()
-        foreign = {
-            label for label in self._all_labels - own if _says(label, said, lower) and not _within(label, own, lower)
-        }
-        if foreign:
-            return f"it speaks of {sorted(foreign)[0]}, of which the given facts say nothing"
-        if any(_says(label, said, lower) for label in own):
+        words, given = ([_singular(w) for w in tokens(t)] for t in (text, evidence.text))
+        own = self._known_labels(evidence, ask.language)
+        for label in sorted(self._all_labels - own):
+            phrase = [_singular(w) for w in tokens(label)]
+            if contains(words, phrase) and not contains(given, phrase):
+                return f"it speaks of {label}, of which the given facts say nothing"
+        if any(contains(words, [_singular(w) for w in tokens(known)]) for known in own | self._tags(ask, evidence)):
             return ""
-        telling = {_singular(w) for w in tokens(evidence.text) if len(w) >= _TELLING}
+        telling = {w for w in given if len(w) >= _TELLING}
         if ask.kind == "intention":
             telling -= {_singular(w) for w in self._stems[ask.item]}
-        if said & telling or (ask.language == "zh" and shingles(text, 2) & shingles(evidence.text, 2)):
+        if telling.intersection(words) or (ask.language == "zh" and shingles(text, 2) & shingles(evidence.text, 2)):
             return ""
         return "nothing in it comes from the given facts"
 
@@ -152,6 +151,12 @@ class Gates:
         return labels | brands | {names[x].lower() for x in labels if x in names}
 
 
+    def _tags(self, ask: Ask, evidence: Evidence) -> set[str]:
+        if ask.kind == "intention":
+            return set(self._evidences.item_tags.get(ask.item, ()))
+        return {tag for i in evidence.items for tag in self._evidences.own_tags.get((ask.user, i), ())}
+
+
 class Duplicates:
     """Finds near-duplicates by MinHash over runs of three words (datasketch).
 
@@ -187,16 +192,3 @@ def _singular(word: str) -> str:
     if len(word) > 4 and word.endswith("ies"):
         return word[:-3] + "y"
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
-
-
-def _says(label: str, said: set[str], lower: str) -> bool:
-    """Whether a text names a label: all its words, or its characters where they are Chinese."""
-    if _HAN.search(label):
-        return label in lower
-    words = [_singular(w) for w in tokens(label)]
-    return bool(words) and all(w in said for w in words)
-
-
-def _within(label: str, own: set[str], lower: str) -> bool:
-    """Whether a label is only a part of a longer one that the evidence has ("music" in "music video")."""
-    return any(label != other and set(tokens(label)) <= set(tokens(other)) and other in lower for other in own)
