@@ -4,11 +4,12 @@ InstructRec (arXiv 2305.07001, Table 3), and of what must never happen.
 | gate | refuses |
 |---|---|
 | length | fewer or more words than allowed |
+| form | talk of "I", of the list or of ratings, where a taste or a wish was asked for; a text that repeats itself |
 | language | another script than the language's |
 | personal | an e-mail address, card, phone number or street address |
-| grounded | no label, brand, tag or title word of the evidence; or a label that nothing in the evidence has |
 | leak | preference: a title, or a rare word of a title, among the target and later events; wish: the item's title |
 | invented | a title of the catalogue that the evidence does not hold; a quotation that stands nowhere in it |
+| grounded | no label, brand or tag of the evidence (where it has none: no telling word); or a label that nothing in it has |
 | near-duplicate | almost the words of an earlier text |
 """
 
@@ -25,10 +26,18 @@ from instructrec_jax.errors import UserError
 from instructrec_jax.instructions.teacher.asks import Ask, Evidence, Evidences
 from instructrec_jax.instructions.teacher.titles import Titles, contains, shingles, stem, tokens
 
-GATES = ("schema", "length", "language", "personal", "grounded", "leak", "invented", "near-duplicate")
+GATES = ("schema", "length", "form", "language", "personal", "leak", "invented", "grounded", "near-duplicate")
 _HAN = re.compile("[\u4e00-\u9fff]")
 _LETTER = re.compile(r"[^\W\d_]")
 _QUOTED = re.compile(r"[“\"《「]([^“”\"《》「」]{2,80})[”\"》」]")
+# What a model says when it talks about its task instead of doing it.
+_TALK = {
+    "preference": re.compile(r"\b(?:I|I['’]m|my|your?|lists?|listed|rat(?:ed|ings?))\b|[我你您]|清单|列表|评分"),
+    "intention": re.compile(
+        r"\b(?:titles?|labels?|lists?|listed|rat(?:ed|ings?))\b|标题|标签|清单|列表|评分", re.IGNORECASE
+    ),
+}
+_DISTINCT = 0.75  # share of a text's three-word runs that differ, at least
 _RARE = 3  # titles that hold a rare word, at most
 _TELLING = 5  # letters of a word that tells something
 _PERMUTATIONS = 128
@@ -66,7 +75,15 @@ class Gates:
 
     def judge(self, ask: Ask, evidence: Evidence, text: str) -> Refused | None:
         """The first gate that refuses the text, or None."""
-        for gate in (self._length, self._language, self._personal, self._grounded, self._leak, self._invented):
+        for gate in (
+            self._length,
+            self._form,
+            self._language,
+            self._personal,
+            self._leak,
+            self._invented,
+            self._grounded,
+        ):
             complaint = gate(ask, evidence, text)
             if complaint:
                 return Refused(gate.__name__.lstrip("_"), complaint)
@@ -80,8 +97,15 @@ class Gates:
         count = sum(0.5 if _HAN.match(w) else 1.0 for w in words)
         return "" if least <= count <= most else f"it has {count:g} words, and {least} to {most} are allowed"
 
+    def _form(self, ask: Ask, evidence: Evidence, text: str) -> str:
+        if found := _TALK[ask.kind].search(text):
+            return f"it says {found[0]!r} instead of stating the {ask.kind}"
+        runs = max(len(tokens(text)) - 2, 1)
+        return "it repeats itself" if len(shingles(text)) < _DISTINCT * runs else ""
+
     def _language(self, ask: Ask, evidence: Evidence, text: str) -> str:
-        for item in evidence.items:  # a title keeps its own script
+        text = _QUOTED.sub("", text)  # a tag or a title keeps its own script
+        for item in evidence.items:
             text = text.replace(stem(self._facets.titles[item]), "")
         letters = len(_LETTER.findall(text))
         share = len(_HAN.findall(text)) / max(letters, 1)
@@ -101,8 +125,11 @@ class Gates:
             phrase = [_singular(w) for w in tokens(label)]
             if contains(words, phrase) and not contains(given, phrase):
                 return f"it speaks of {label}, of which the given facts say nothing"
-        if any(contains(words, [_singular(w) for w in tokens(known)]) for known in own | self._tags(ask, evidence)):
+        facts = own | self._tags(ask, evidence)
+        if any(contains(words, [_singular(w) for w in tokens(fact)]) for fact in facts):
             return ""
+        if facts and ask.kind == "preference":
+            return "it names no kind, brand or tag of the given facts"
         telling = {w for w in given if len(w) >= _TELLING}
         if ask.kind == "intention":
             telling -= {_singular(w) for w in self._stems[ask.item]}
@@ -149,7 +176,6 @@ class Gates:
         labels = {label.lower() for i in evidence.items for label in self._facets.labels[i]}
         brands = {self._facets.brands[i].lower() for i in evidence.items if self._facets.brands[i]}
         return labels | brands | {names[x].lower() for x in labels if x in names}
-
 
     def _tags(self, ask: Ask, evidence: Evidence) -> set[str]:
         if ask.kind == "intention":
