@@ -216,14 +216,14 @@ def test_wrong_answers_are_asked_again_with_the_complaint_then_refused(source, t
     with endpoint(script) as server:
         config = settings(source, tmp_path, server.url)
         outcome = lesson(config, kinds=("preference",))
-        assert outcome.first_refused == {"preference: schema": 12 - outcome.without_evidence}
-        assert not outcome.refused and outcome.kept["preference"] == 12 - outcome.without_evidence
+        assert outcome.first_refused == {"preference: schema": outcome.asked - outcome.without_evidence}
+        assert not outcome.refused and outcome.kept["preference"] == outcome.asked - outcome.without_evidence
         assert any("It cannot be used: it holds no JSON object" in p for p in prompts(server))
         server.script = lambda number, body: "say:still no idea"
         never = lesson(
             settings(source, tmp_path, server.url, repairs=2, seed=9), kinds=("preference",), out=tmp_path / "b"
         )
-    assert never.refused == {"preference: schema": 12 - never.without_evidence} and not never.kept
+    assert never.refused == {"preference: schema": never.asked - never.without_evidence} and not never.kept
     rows = [json.loads(line) for line in (tmp_path / "b" / "rejected.jsonl").read_text().splitlines()]
     assert {r["gate"] for r in rows} == {"schema"} and rows[0]["complaint"] == "it holds no JSON object"
 
@@ -265,7 +265,7 @@ def test_the_key_is_sent_and_stands_nowhere(source, tmp_path, capsys, caplog):
         config = settings(source, tmp_path, server.url)
         with pytest.raises(UserError, match="401") as error:
             lesson(config)
-        assert server.headers_seen[0]["Authorization"] == f"Bearer {KEY}"
+        assert {k.lower(): v for k, v in server.headers_seen[0].items()}["authorization"] == f"Bearer {KEY}"
         server.script = lambda number, body: "good" if number % 2 else f"status:500 {KEY}"
         lesson(config)
     chain = "".join(map(repr, (error.value, error.value.message, error.value.remedy)))
@@ -299,16 +299,16 @@ def test_settings_that_cannot_work_are_refused_without_showing_secrets(source, t
 
 def test_the_budget_in_tokens_is_never_exceeded_and_counts_earlier_commands(source, tmp_path):
     with endpoint(delay=0.01) as server:
+        config = settings(source, tmp_path, server.url, max_tokens_total=1800)
         for _ in range(2):
-            config = settings(source, tmp_path, server.url, max_tokens_total=6000)
             outcome = lesson(config, limit=None)
             assert "the budget is used up" in outcome.stopped and outcome.unanswered > 0
-        cost = 120 * len(server.bodies)
-        largest = max(budget.most(p, 120).total for p in prompts(server))
-        assert 6000 - largest - 2000 < cost <= 6000
-        more = lesson(settings(source, tmp_path, server.url, max_tokens_total=12_000), limit=None)
-    assert 120 * len(server.bodies) <= 12_000 and max(prompts(server).values()) == 1
-    assert sum(more.kept.values()) == len(server.bodies)
+        assert 1800 - 1500 < 120 * len(server.bodies) <= 1800
+        prompt = next(iter(prompts(server)))
+        room = 120 * len(server.bodies) + budget.most(prompt, 120).total + 500
+        more = lesson(settings(source, tmp_path, server.url, max_tokens_total=room), limit=None)
+    assert 120 * len(server.bodies) <= room and max(prompts(server).values()) == 1
+    assert sum(more.kept.values()) == len(server.bodies) > sum(outcome.kept.values())
 
 
 def test_the_budget_in_money(source, tmp_path):
@@ -495,9 +495,13 @@ def test_near_duplicates():
 def test_reading_of_replies():
     read_json = lambda reply: answers.read(reply, "preference", "json")  # noqa: E731
     assert read_json('Sure!\n```json\n{"preference": "Enjoys\nnoise"}\n``` done') == "Enjoys noise."
-    bad = {"no": "no JSON", '{"a": "b"}': "only 'preference'", '{"preference": ': "not valid", '{"preference": " "}': "empty"}
+    bad = {
+        "no": "no JSON",
+        '{"a": "b"}': "only 'preference'",
+        '{"preference": ': "not valid",
+        '{"preference": " "}': "empty",
+    }
     for reply, why in bad.items():
-    ):
         with pytest.raises(answers.Unusable, match=why):
             read_json(reply)
     assert answers.read("Answer: “Enjoys noir.”\n\nMore talk", "preference", "text") == "Enjoys noir."
