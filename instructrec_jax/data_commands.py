@@ -97,4 +97,32 @@ def teach_grades(file: str) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-COMMANDS = (teach, teach_sample, teach_grades)
+@click.command("forget", context_settings=OVERRIDES, epilog=OVERRIDES_HELP)
+@click.argument("config", type=click.Path())
+@click.option("--user-id", required=True, help="User id as in the log; with data.hash_ids also its hash.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def forget(config: str, user_id: str, overrides: tuple[str, ...]) -> None:
+    """Rewrite CONFIG's prepared data without one user, and list the runs that have seen them.
+
+    Everybody else's records stay what they are. The source is not touched: remove the user there too.
+    """
+    from instructrec_jax import config as configs
+    from instructrec_jax.forget import forget as run
+
+    settings = configs.load(config, overrides)
+    gone = run(settings, user_id)
+    click.echo(
+        f"removed: {gone.events:,} events, {gone.tags:,} tags, {gone.records:,} records of the user, {gone.worded_by:,} records of "
+        f"others in the user's words, {gone.texts:,} taught texts, {gone.answers:,} cached answers"
+    )
+    click.echo(
+        "unchanged: item features and tokeniser (sums over all users), and the source: remove the user there too"
+    )
+    for seen in gone.runs:
+        steps = ", ".join(seen.checkpoints) or "none"
+        click.echo(f"has seen the user: {seen.run} (checkpoints: {steps}); train it anew, or remove it")
+    if not gone.runs:
+        click.echo(f"no run under {settings.runs} was trained on these data")
+
+
+COMMANDS = (teach, teach_sample, teach_grades, forget)

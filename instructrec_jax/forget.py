@@ -9,9 +9,10 @@ What stays: the item features and the tokeniser, which are sums over everybody, 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -234,21 +235,14 @@ def _forget_texts(folder: Path, name: str) -> tuple[int, int]:
             texts.save(kept, folder / texts.TEXTS, shown)
             if manifest:
                 write_json(folder / texts.MANIFEST, {**manifest, "texts_sha256": sha256(folder / texts.TEXTS)})
-        gone += _forget_lines(folder / texts.REJECTED, lambda row: row["user"] == name)
+        if (file := folder / texts.REJECTED).exists():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            left = [line for line in lines if json.loads(line)["user"] != name]
+            write_atomic(file, "".join(line + "\n" for line in left))
+            gone += len(lines) - len(left)
         answers = 0
         if (folder / FILE).exists():
             cache = Cache(folder)
             answers = cache.forget([name])
             cache.close()
     return gone, answers
-
-
-def _forget_lines(file: Path, is_theirs: Callable[[dict], bool]) -> int:
-    import json
-
-    if not file.exists():
-        return 0
-    lines = file.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if not is_theirs(json.loads(line))]
-    write_atomic(file, "".join(line + "\n" for line in kept))
-    return len(lines) - len(kept)

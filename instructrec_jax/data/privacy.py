@@ -30,8 +30,8 @@ _PATTERNS: dict[str, re.Pattern[str]] = {
     "phone": re.compile(
         r"(?<![\w+])\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d(?:[ .-]?\d){5,12}(?!\d)"  # international
         r"|(?<![\w.-])(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}(?![\d-])"  # North America
-        r"|(?<![\w.-])1[3-9]\d(?:[ -]?\d{4}){2}(?![\d-])"  # Chinese mobile numbers
-        r"|(?<![\w.-])0\d{2,3}-\d{7,8}(?![\d-])"  # and land lines
+        r"|(?<![\dA-Za-z.-])1[3-9]\d(?:[ -]?\d{4}){2}(?![\d-])"  # Chinese mobile numbers
+        r"|(?<![\dA-Za-z.-])0\d{2,3}-\d{7,8}(?![\d-])"  # and land lines
     ),
     "address": re.compile(
         rf"\b\d{{1,5}}[A-Za-z]?,? (?:[A-Z][\w'’.-]* ){{1,4}}(?:{_STREET})\b\.?(?:,? (?:Apt|Suite|Unit|Floor|#)\.? ?\w+)?"
