@@ -125,4 +125,43 @@ def forget(config: str, user_id: str, overrides: tuple[str, ...]) -> None:
         click.echo(f"no run under {settings.runs} was trained on these data")
 
 
-COMMANDS = (teach, teach_sample, teach_grades, forget)
+@click.command("inspect", context_settings={**OVERRIDES, "show_default": True}, epilog=OVERRIDES_HELP)
+@click.argument("config", type=click.Path())
+@click.option("--records", type=click.IntRange(1), default=20_000, help="Most records to read.")
+@click.option("--prompts", type=click.IntRange(0), default=20, help="Rendered prompts to show.")
+@click.option("--html", type=click.Path(), help="Write a page with pictures to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def inspect(
+    config: str, records: int, prompts: int, html: str | None, as_json: bool, overrides: tuple[str, ...]
+) -> None:
+    """Show what CONFIG's prepared data hold: counts, lengths, truncations, popularity, repeats, prompts."""
+    import json
+
+    from instructrec_jax import config as configs
+    from instructrec_jax import data_inspect
+
+    found = data_inspect.inspect(configs.load(config, overrides), records=records, prompts=prompts)
+    if html:
+        click.echo(f"page: {data_inspect.write_html(found, html)}", err=as_json)
+    if as_json:
+        click.echo(json.dumps(data_inspect.to_json(found), ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    for title, rows in data_inspect.tables(found).items():
+        table = Table(escape(title), "")
+        for name, value in rows:
+            table.add_row(escape(name), escape(value))
+        console.print(table)
+    for p in found.prompts:
+        console.print(
+            f"\n{p.template} ({p.aspects}, {p.language}, {p.metric}, {p.tokens} tokens)", style="bold", markup=False
+        )
+        console.print(p.prompt, markup=False, highlight=False)
+        console.print(f"→ {p.answer or 'every item of the history is learnt'}", markup=False, highlight=False)
+
+
+COMMANDS = (teach, teach_sample, teach_grades, forget, inspect)
