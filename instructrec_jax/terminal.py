@@ -25,7 +25,7 @@ def meter(label: str, expected: int) -> Iterator[Callable[[str], None]]:
         )  # fmt: skip
         with Progress(*columns, transient=True) as bar:
             task = bar.add_task(label, total=expected, note="")
-            yield lambda note: bar.update(task, advance=1, **({"note": note} if note else {}))
+            yield lambda note: bar.update(task, advance=1, note=note or bar.tasks[0].fields["note"])
         return
     begun = said = time.monotonic()
     done, cost = 0, ""

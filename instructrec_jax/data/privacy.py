@@ -115,9 +115,9 @@ class Scrubber:
 def _presidio() -> tuple[Any, str]:
     """(presidio's analyser, the spaCy model it uses; "" = none is installed, so only its patterns work)."""
     try:
-        import spacy
-        from presidio_analyzer import AnalyzerEngine
-        from presidio_analyzer.nlp_engine import SpacyNlpEngine
+        import spacy  # pyright: ignore[reportMissingImports]
+        from presidio_analyzer import AnalyzerEngine  # pyright: ignore[reportMissingImports]
+        from presidio_analyzer.nlp_engine import SpacyNlpEngine  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             f"data.clean.scrub = presidio needs presidio ({error})", remedy="pip install 'instructrec_jax[privacy]'"

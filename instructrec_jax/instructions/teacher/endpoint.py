@@ -168,8 +168,10 @@ class Endpoint:
         if not choices or getattr(choices[0], "message", None) is None:
             raise _Broken("the reply is no chat completion")
         used = getattr(found, "usage", None)
-        counts = [getattr(used, name, None) for name in ("prompt_tokens", "completion_tokens")]
-        usage = Usage(*counts) if all(isinstance(n, int) for n in counts) else wanted
+        counts = [
+            n for name in ("prompt_tokens", "completion_tokens") if isinstance(n := getattr(used, name, None), int)
+        ]
+        usage = Usage(*counts) if len(counts) == 2 else wanted
         return Reply(choices[0].message.content or "", usage, choices[0].finish_reason == "length")
 
     async def _status(self, error: Any, attempt: int) -> None:
