@@ -29,11 +29,13 @@ from instructrec_jax.data.schema import SplitData
 from instructrec_jax.errors import ConfigError, UserError
 from instructrec_jax.files import read_json, sha256, write_atomic, write_json
 from instructrec_jax.instructions.example import InstructionExample
+from instructrec_jax.instructions.packs import clean_text
 from instructrec_jax.instructions.teacher import texts
 from instructrec_jax.instructions.teacher.cache import FILE, Cache
 from instructrec_jax.prepare import Prepared, load
 from instructrec_jax.teach import folder_of
 
+_FIELDS = texts.Taught.__dataclass_fields__
 _AGAIN = "run `instructrec data prepare CONFIG` again"
 
 
@@ -87,7 +89,7 @@ def forget(config: Config, user_id: str) -> Forgotten:
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
             own, worded_by = _rewrite(config, prepared, index)
-            taught, answers = _forget_texts(folder_of(config), name)
+            taught, answers = _forget_texts(folder_of(config), name, _by_title(data, index))
     except Timeout as error:
         raise UserError(f"another command works on {folder}", remedy="wait for it") from error
     return Forgotten(
@@ -158,7 +160,8 @@ def _rewrite(config: Config, prepared: Prepared, index: int) -> tuple[int, int]:
         np.savez(fresh / "user_features.npz", **features)
         if (fresh / texts.TEXTS).exists():
             taught, shown = texts.read(fresh / texts.TEXTS)
-            texts.save(texts.without(taught, prepared.data.user_ids[index]), fresh / texts.TEXTS, shown)
+            kept = texts.without(taught, prepared.data.user_ids[index], _by_title(prepared.data, index))
+            texts.save(kept, fresh / texts.TEXTS, shown)
         before = records.read_manifest(final / "records")
         stream = _Kept(records.Records(final / "records"), _own_tags(prepared.data, index), index, left_out)
         written = records.write(
@@ -221,15 +224,20 @@ def _own_tags(data: SplitData, index: int) -> dict[int, list[str]]:
     return out
 
 
-def _forget_texts(folder: Path, name: str) -> tuple[int, int]:
-    """Remove a user from a teacher's folder: (texts, cached answers) removed."""
+def _by_title(data: SplitData, index: int) -> dict[str, list[str]]:
+    """``_own_tags`` by the item's title, as taught texts name it."""
+    return {clean_text(data.catalogue.titles[item]): tags for item, tags in _own_tags(data, index).items()}
+
+
+def _forget_texts(folder: Path, name: str, own_tags: dict[str, list[str]]) -> tuple[int, int]:
+    """Remove a user and their words from a teacher's folder: (texts, cached answers) removed."""
     if not (folder / FILE).exists() and not (folder / texts.TEXTS).exists():
         return 0, 0
     with FileLock(folder / ".lock", timeout=0):
         gone = 0
         if (folder / texts.TEXTS).exists():
             taught, shown = texts.read(folder / texts.TEXTS)
-            kept = texts.without(taught, name)
+            kept = texts.without(taught, name, own_tags)
             gone = len(taught) - len(kept)
             manifest = read_json(folder / texts.MANIFEST, _AGAIN) if (folder / texts.MANIFEST).exists() else {}
             texts.save(kept, folder / texts.TEXTS, shown)
@@ -237,12 +245,13 @@ def _forget_texts(folder: Path, name: str) -> tuple[int, int]:
                 write_json(folder / texts.MANIFEST, {**manifest, "texts_sha256": sha256(folder / texts.TEXTS)})
         if (file := folder / texts.REJECTED).exists():
             lines = file.read_text(encoding="utf-8").splitlines()
-            left = [line for line in lines if json.loads(line)["user"] != name]
+            rows = [texts.Taught(**{k: v for k, v in json.loads(line).items() if k in _FIELDS}) for line in lines]
+            left = [line for line, row in zip(lines, rows) if texts.without([row], name, own_tags)]
             write_atomic(file, "".join(line + "\n" for line in left))
             gone += len(lines) - len(left)
         answers = 0
         if (folder / FILE).exists():
             cache = Cache(folder)
-            answers = cache.forget([name])
+            answers = cache.forget([name], sorted({tag for tags in own_tags.values() for tag in tags}))
             cache.close()
     return gone, answers

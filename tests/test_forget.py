@@ -68,11 +68,17 @@ def test_a_user_is_gone_and_the_others_are_as_before(original, tmp_path):
     folder = folder_of(config)
     folder.mkdir()
     taught = [Taught("preference", "en", n, 1, "A", n, "Enjoys war films.", "- B") for n in (NAMES[3], NAMES[4])]
+    title = before.catalogue.titles[int(before.history(3)[0])]
+    taught += [
+        Taught("intention", "en", "", -1, title, tag, f"a film with {tag}", f"title: {title}\npeople call it: {tag}")
+        for tag in ("zebra striped", "slow")
+    ]
     save(taught, folder / "texts.parquet", 20)
-    (folder / "rejected.jsonl").write_text("".join(json.dumps({"user": n}) + "\n" for n in (NAMES[3], NAMES[4])))
+    (folder / "rejected.jsonl").write_text("".join(json.dumps({"gate": "form", **vars(t)}) + "\n" for t in taught[:2]))
     cache = Cache(folder)
     for name in NAMES[3:5]:
         cache.put(name + " key", Reply("x", Usage()), cache.begin(Usage()), name)
+    cache.put("an item", Reply("a Zebra Striped film", Usage()), cache.begin(Usage()))
     cache.close()
 
     gone = forget(config, NAMES[3])
@@ -89,12 +95,13 @@ def test_a_user_is_gone_and_the_others_are_as_before(original, tmp_path):
     assert sorted(left, key=repr) == sorted(expected, key=repr)
     assert gone.records == sum(e.user == 3 for e in records) and gone.worded_by > 0
     assert gone.records + gone.worded_by == len(records) - len(left)
-    assert (gone.texts, gone.answers) == (2, 1)
-    assert [t.user for t in read(folder / "texts.parquet")[0]] == [NAMES[4]]
+    assert (gone.texts, gone.answers) == (3, 2)
+    assert [(t.user, t.content) for t in read(folder / "texts.parquet")[0]] == [(NAMES[4], NAMES[4]), ("", "slow")]
     # Their name and their words are in no file of either folder, nor beside them.
     for path in (p for p in (tmp_path / "prepared").rglob("*") if p.is_file()):
         content = path.read_bytes()
         assert NAMES[3].encode() not in content, path
+        assert b"zebra" not in content.lower() or path.name == "tokenizer.json", path
     users = prepare.load(config).users
     assert users.tokens(3) == () and users.tokens(4) != ()
     manifest = prepare.load(config).manifest

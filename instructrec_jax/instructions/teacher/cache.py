@@ -102,9 +102,11 @@ class Cache:
             *self._db.execute("SELECT COALESCE(SUM(prompt), 0), COALESCE(SUM(answer), 0) FROM charges").fetchone()
         )
 
-    def forget(self, owners: Sequence[str]) -> int:
-        """Remove the answers that were asked from these users' events; gives their number."""
+    def forget(self, owners: Sequence[str], words: Sequence[str] = ()) -> int:
+        """Remove the answers asked from these users' events, and answers about items that hold their words; gives their number."""
         gone = sum(self._db.execute("DELETE FROM answers WHERE owner = ?", (owner,)).rowcount for owner in owners)
+        about_items = "DELETE FROM answers WHERE owner = '' AND instr(lower(text), ?) > 0"
+        gone += sum(self._db.execute(about_items, (word,)).rowcount for word in words)
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._db.execute("VACUUM")  # deleted rows would stay readable in free pages
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -126,6 +126,8 @@ class TaughtWords(Words):
         return super().intention(level, target, user, ordinal, language)
 
 
-def without(texts: Iterable[Taught], user: str) -> list[Taught]:
-    """The texts that were not written from this user's events."""
-    return [t for t in texts if t.user != user]
+def without(texts: Iterable[Taught], user: str, own_tags: Mapping[str, Sequence[str]]) -> list[Taught]:
+    """The texts that were written neither from this user's events nor, for an item's title, from tags that only they gave it."""
+    return [
+        t for t in texts if t.user != user and not any(tag in t.evidence.lower() for tag in own_tags.get(t.item, ()))
+    ]
