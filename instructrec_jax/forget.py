@@ -1,8 +1,9 @@
 """``instructrec data forget``: a prepared data set without one user, and the runs that have seen them.
 
-The user keeps an index without events and without a name, so that everybody else's indices, records and frozen negatives stay what they
-are. What goes: their events, features, tags and instruction records; records of other people whose wish was worded by a tag that nobody
-else gave that item; texts that a teacher wrote from their events, and its cached answers.
+The user keeps an index without events and without a name, so that everybody else's indices, records (if in another order on disk) and
+frozen negatives stay what they are. What goes: their events, features, tags and instruction records; records of other people whose
+wish was worded by a tag that nobody else gave that item; texts that a teacher wrote from their events or from such tags, and its
+cached answers.
 
 What stays: the item features and the tokeniser, which are sums over everybody, and the weights of runs. Those are listed.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -91,6 +92,20 @@ def test_the_cleaning_step_counts_what_it_removed(tmp_path):
     (step,) = (s for s in out.steps if s.name.startswith("scrub"))
     assert step.detail == "60 phone, 31 e-mail; 1 tags dropped"
     assert not [s for s in clean(raw, dataclasses.replace(rules, scrub="none")).steps if s.name.startswith("scrub")]
+
+
+def test_presidio_beside_the_patterns():
+    pytest.importorskip("presidio_analyzer")
+    scrub = Scrubber("presidio")
+    assert scrub("Mail ann@example.com, card 4111 1111 1111 1111") == "Mail [e-mail], card [card]"
+    assert scrub.counts == {"e-mail": 1, "card": 1} and scrub.engine.startswith("presidio with")
+
+
+def test_presidio_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(ConfigError, match=r"instructrec_jax\[privacy\]"):
+        Scrubber("presidio")
 
 
 # ------------------------------------------------------------------------------------------------------------------ ids

@@ -548,3 +548,29 @@ def test_sheet_and_grades(tmp_path):
 
 def test_labels_of_a_prompt():
     assert labels_of("- A (1999) (Drama, War), rated 3") == ["War"]
+
+
+def test_the_commands_teach_sample_and_grade(source, tmp_path):
+    from click.testing import CliRunner
+
+    from instructrec_jax.cli import cli
+
+    config = settings(source, tmp_path, backend="rules", model="")
+    (tmp_path / "c.yaml").write_text(configs.dump(config))
+    run = CliRunner().invoke
+    done = run(cli, ["data", "teach", str(tmp_path / "c.yaml"), "--kinds", "preference", "--teacher.min_words", "5"])
+    assert done.exit_code == 0 and "kept" in done.output and "intention" not in done.output
+    folder = tmp_path / "prepared" / "set-teacher"
+    assert run(cli, ["data", "teach-sample", str(folder), "--n", "3"]).exit_code == 0
+    sheet = folder / "grades.csv"
+    again = run(cli, ["data", "teach-sample", str(folder)])
+    assert isinstance(again.exception, UserError) and "may hold grades" in again.exception.message
+    none = run(cli, ["data", "teach-grades", str(sheet)])
+    assert isinstance(none.exception, DataError) and "no cell is graded" in none.exception.message
+    rows = list(csv.reader(sheet.open(encoding="utf-8-sig", newline="")))
+    with sheet.open("w", encoding="utf-8", newline="") as out:
+        csv.writer(out).writerows([*rows[:2], *([*row[:6], "y", "n", "", ""] for row in rows[2:])])
+    graded = run(cli, ["data", "teach-grades", str(sheet)])
+    assert graded.exit_code == 0 and f"{len(rows) - 2} of {len(rows) - 2}, 100 %" in graded.output
+    bad = run(cli, ["data", "teach", str(tmp_path / "c.yaml"), "--kinds", "preferense"])
+    assert isinstance(bad.exception, ConfigError) and "did you mean 'preference'" in bad.exception.message
