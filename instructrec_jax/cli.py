@@ -11,12 +11,10 @@ from typing import Any
 
 import click
 
-from instructrec_jax import __version__, template_commands
+from instructrec_jax import __version__, data_commands, template_commands
 from instructrec_jax.errors import UserError, did_you_mean
-from instructrec_jax.terminal import escape, print_batch, print_result, print_statistics, progress
-
-OVERRIDES = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
-_OVERRIDES_HELP = "Any setting can be changed with a dotted option, e.g. --train.steps 400 --mesh.fsdp 8."
+from instructrec_jax.terminal import OVERRIDES, escape, print_batch, print_result, print_statistics, progress
+from instructrec_jax.terminal import OVERRIDES_HELP as _OVERRIDES_HELP
 
 
 class Commands(click.Group):
@@ -79,6 +77,10 @@ def data_prepare(config: str, overrides: tuple[str, ...]) -> None:
     prepared = prepare.prepare(settings, click.echo, progress)
     click.echo(f"prepared in {time.perf_counter() - begun:.1f} s: {prepared.folder}")
     print_statistics(prepared.manifest["statistics"])
+
+
+for _command in data_commands.COMMANDS:
+    data.add_command(_command)
 
 
 @data.command("show-batch", context_settings={**OVERRIDES, "show_default": True}, epilog=_OVERRIDES_HELP)

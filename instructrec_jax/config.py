@@ -34,6 +34,8 @@ class CleanConfig:
     k_core: int = 5  # repeat until every user and item has this many interactions; 0 = off
     min_user_events: int = 3  # users with fewer events are dropped and counted (leave-one-out needs 3)
     html: bool = True  # strip HTML and unfold list-like text ("['a', 'b']") in item text columns
+    # Personal data in item text (not titles), tags and user features: none, our patterns (e-mail, card, phone, address), or presidio.
+    scrub: Literal["none", "patterns", "presidio"] = "none"
     unknown_item: Literal["error", "drop", "title-less"] = "error"  # interaction with an item that items lack
     bad_row: Literal["error", "drop"] = "error"  # unparsable row
 
@@ -66,6 +68,8 @@ class DataConfig:
     clean: CleanConfig = CleanConfig()
     split: SplitConfig = SplitConfig()
     domain: str = "films"  # noun pack of the templates: films, games, products, ... (docs/templates.md)
+    # Name of the environment variable that holds the secret for keyed hashes of user ids; "" = ids as they are.
+    hash_ids: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class InstructionConfig:
     packs: tuple[str, ...] = ()  # further files of domain packs (YAML), for data.domain
     seed: int = 0
     shard_records: int = 50_000
+    teacher: str = ""  # folder that `data teach` wrote: its texts stand in place of rule-made words; "" = rules alone
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -262,6 +267,37 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """Who writes preferences (P2) and vague intentions (I1) in words, and what it may cost. Decides nothing of prepared data."""
+
+    backend: Literal["openai", "local", "rules"] = "rules"  # an OpenAI-compatible endpoint, a model of ours, or rules
+    model: str = ""  # openai: the endpoint's name of it; local: folder, known name or hub id
+    base_url: str = ""  # openai: e.g. http://localhost:8000/v1; "" = the client library's own
+    api_key_env: str = "OPENAI_API_KEY"  # name of the environment variable that holds the key
+    answer: Literal["auto", "json", "text"] = (
+        "auto"  # form of an answer; auto: JSON from an endpoint, a sentence from a local model
+    )
+    history_items: int = 20  # most events shown of a history, the newest
+    temperature: float = 0.7
+    max_output_tokens: int = 120  # per answer
+    concurrency: int = 8  # requests to the endpoint at one time
+    timeout: float = 60.0  # seconds for one answer
+    retries: int = 5  # after a time-out, a broken connection, 408, 409, 429 or 5xx
+    backoff: float = 0.5  # seconds before the first retry, doubled each time; Retry-After has precedence
+    repairs: int = 1  # further questions, with the complaint, after an answer that does not pass
+    max_tokens_total: int = 0  # budget of prompt and answer tokens over all commands on one folder; 0 = none
+    max_money: float = 0.0  # budget in the currency of the prices; 0 = none
+    price_per_million_in: float = 0.0  # of prompt tokens
+    price_per_million_out: float = 0.0  # of answer tokens
+    min_words: int = 4  # of a text; two Chinese characters count as a word
+    max_words: int = 60
+    near_duplicate: float = (
+        0.8  # refuse a text whose 3-word shingles overlap (Jaccard) an earlier one's by this much; 0 = off
+    )
+    seed: int = 0  # of the order in which places are taught, and of the sampling
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run needs. ``configs/*.yaml`` hold presets."""
 
@@ -275,6 +311,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     profile: ProfileConfig = ProfileConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    teacher: TeacherConfig = TeacherConfig()
 
     def __post_init__(self) -> None:
         # A name is one folder: "" or ".." would have commands replace the folder above.
@@ -307,7 +344,8 @@ def _digest(path: str) -> str:
 
 def run_dir(config: Config) -> Path:
     """The folder of a config's run: the same settings give the same folder, so the same command resumes."""
-    tree = {k: v for k, v in to_dict(config).items() if k not in ("runs", "prepared", "evaluate", "mesh", "profile")}
+    outside = ("runs", "prepared", "evaluate", "mesh", "profile", "teacher")  # decide nothing of what is learnt
+    tree = {k: v for k, v in to_dict(config).items() if k not in outside}
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
     return path_of(config.runs) / f"{config.name}-{digest[:8]}"
 

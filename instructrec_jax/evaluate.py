@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 
 from instructrec_jax import config as configs
 from instructrec_jax import prepare, retrieval
+from instructrec_jax.data.privacy import user_keys
 from instructrec_jax.data.schema import SPLIT_NAMES, TEST, Cases, SplitData
 from instructrec_jax.errors import UserError
 from instructrec_jax.evaluation import metrics, slices
@@ -195,7 +196,7 @@ def evaluate_file(run_dir: str | Path, file: str | Path, *, split: int = TEST) -
     config = configs.load(run_dir / "config.yaml")
     data = prepare.load(config).data
     cutoffs = config.evaluate.cutoffs
-    recommendations = read_recommendations(file, data, k=max(cutoffs))
+    recommendations = read_recommendations(file, data, k=max(cutoffs), user_key=user_keys(config.data.hash_ids))
     row = evaluate_lists(recommendations, data, split=split, cutoffs=cutoffs)
     return EvaluationResult.build(
         [row],

@@ -101,6 +101,10 @@ class Generator:
                 out[i] = Answer(self._text.decode(kept), kept, float(log_prob))
         return out
 
+    def length(self, prompt: Prompt) -> int:
+        """Tokens of a prompt as the model reads it."""
+        return len(self._encode(0, prompt, self._max_prompt)["tokens"])
+
     @property
     def stop(self) -> tuple[int, ...]:
         """Tokens that end an answer: the first of what a template puts behind it, and the tokeniser's end of text."""

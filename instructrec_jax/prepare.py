@@ -6,6 +6,7 @@ A prepared folder is complete or absent: everything is built beside it and moved
     data/              split interactions, items, users, tags (Parquet)
     tokenizer/         Hugging Face tokeniser
     item_features.npy  [I, Fc]; user_features.npz
+    texts.parquet      what a teacher wrote, if instructions.teacher names a folder
     records/           instruction examples of the training split (ArrayRecord, a TFDS data set)
 """
 
@@ -33,6 +34,8 @@ from instructrec_jax.errors import ConfigError, DataError
 from instructrec_jax.files import read_json, sha256, write_json
 from instructrec_jax.instructions.build import FAMILIES, Builder
 from instructrec_jax.instructions.example import InstructionExample
+from instructrec_jax.instructions.teacher import texts
+from instructrec_jax.instructions.teacher.texts import TEXTS, TaughtWords
 
 Say = Callable[[str], None]
 Progress = Callable[[str, int, Iterator], Iterator]  # label, expected length, iterator -> the same items
@@ -63,12 +66,18 @@ class Prepared:
 
     def builder(self, config: Config) -> Builder:
         """Prompts over this data set."""
-        return _builder(self.data, self.users, config)
+        return _builder(self.data, self.users, config, self.folder)
 
 
-def _builder(data: SplitData, users: UserFeatures, config: Config) -> Builder:
+def _builder(data: SplitData, users: UserFeatures, config: Config, folder: Path) -> Builder:
     tokens = users.tokens if users.names else None
-    return Builder(data, config.instructions, config.data.domain, tokens, items_as=config.instructions.items_as)
+    settings = config.instructions
+    builder = Builder(data, settings, config.data.domain, tokens, items_as=settings.items_as)
+    if settings.teacher:
+        builder.words = TaughtWords(
+            builder.words, data, folder / TEXTS, seed=settings.seed, history_items=settings.history_items
+        )
+    return builder
 
 
 def prepare(config: Config, say: Say, progress: Progress | None = None) -> Prepared:
@@ -100,7 +109,9 @@ def prepare(config: Config, say: Say, progress: Progress | None = None) -> Prepa
         np.save(fresh / "item_features.npy", item_features)
         np.savez(fresh / "user_features.npz", names=np.asarray(users.names, str), index=users.index, value=users.value)
 
-        builder = _builder(data, users, config)
+        if config.instructions.teacher:  # a copy: the folder stands by itself, and its sum is on record
+            shutil.copyfile(texts.verified(config.instructions.teacher), fresh / TEXTS)
+        builder = _builder(data, users, config, fresh)
         if config.model.pretrained:
             from instructrec_jax.models.hf.fetch import resolve
 
@@ -109,6 +120,8 @@ def prepare(config: Config, say: Say, progress: Progress | None = None) -> Prepa
         else:
             say("  tokeniser")
             tokenizer.train(_texts(data, builder), config.model.vocab_size, fresh / "tokenizer")
+        if isinstance(builder.words, TaughtWords):
+            builder.words.counts.clear()  # what the tokeniser's sample asked for
         examples = _Examples(builder, config, progress)
         manifest = records.write(
             examples,
@@ -119,6 +132,9 @@ def prepare(config: Config, say: Say, progress: Progress | None = None) -> Prepa
         )
         say(f"  {manifest['records']:,} instruction examples in {len(manifest['shards'])} shard(s)"
             + (f"; without words to say: {dict(builder.skipped)}" if builder.skipped else ""))  # fmt: skip
+        words = dict(sorted(builder.words.counts.items())) if isinstance(builder.words, TaughtWords) else {}
+        if words:
+            say("  words by " + ", ".join(f"{name} {count:,}" for name, count in words.items()))
         write_json(
             fresh / "manifest.json",
             {
@@ -128,7 +144,8 @@ def prepare(config: Config, say: Say, progress: Progress | None = None) -> Prepa
                 "steps": [asdict(step) for step in data.steps],
                 "examples": dict(builder.written),
                 "skipped": dict(builder.skipped),
-                "files": {name: sha256(fresh / name) for name in _FILES},
+                "words": words,
+                "files": {name: sha256(fresh / name) for name in (*_FILES, TEXTS) if (fresh / name).exists()},
             },
         )
         if final.exists():
@@ -154,7 +171,7 @@ def _encoded(data: SplitData, config: Config, say: Say) -> Float[np.ndarray, "I 
 
 def _check_replaceable(folder: Path) -> None:
     """Only a folder that ``prepare`` wrote may be replaced as a whole."""
-    ours = {"manifest.json", "data", "records", "tokenizer", *_FILES}
+    ours = {"manifest.json", "data", "records", "tokenizer", TEXTS, *_FILES}
     if folder.exists() and (not folder.is_dir() or any(p.name not in ours for p in folder.iterdir())):
         raise ConfigError(
             f"{folder} is there and is not a prepared data set", remedy="choose another name or prepared folder"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from instructrec_jax.data.privacy import user_keys
 from instructrec_jax.errors import UserError, did_you_mean
 from instructrec_jax.evaluation.metrics import top_lists
 from instructrec_jax.run import Session, trained
@@ -46,13 +47,15 @@ def recommend(
         history: list[int] = []
         features = ()
         if user is not None:
-            if user not in (known := {name: i for i, name in enumerate(data.user_ids)}):
+            known = {name: i for i, name in enumerate(data.user_ids)}
+            index = known.get(user_keys(s.config.data.hash_ids)(user))
+            if index is None:
                 raise UserError(
                     f"no user {user!r} among the {data.num_users:,} users of {data.name}",
                     remedy="leave out --user for somebody new, with --item for what they liked",
                 )
-            history = data.history(known[user], int(data.offsets[known[user] + 1])).tolist()
-            features = s.prepared.users.tokens(known[user])
+            history = data.history(index, int(data.offsets[index + 1])).tolist()
+            features = s.prepared.users.tokens(index)
         history += [find_item(s, name) for name in items]
         prompt = s.builder.recommend_prompt(history, wish, preference, language or s.language, features=features)
         scores = s.scorer(params, batch_size=1).score_all([prompt])

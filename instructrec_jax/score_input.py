@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from instructrec_jax.data.privacy import user_keys
 from instructrec_jax.errors import DataError, UserError, did_you_mean
 from instructrec_jax.instructions.example import FEATURE_SLOT, ITEM_SLOT, TITLE_CLOSE, TITLE_OPEN, InstructionExample
 from instructrec_jax.run import Session
@@ -123,6 +124,7 @@ class Parser:
         for index, title in enumerate(data.catalogue.titles):
             self._title_of.setdefault(title, index)
         self._user_of = {name: index for index, name in enumerate(data.user_ids)}
+        self._key = user_keys(s.config.data.hash_ids)
 
     def parse(self, line: int, content: bytes | dict[str, Any]) -> Asked | Bad:
         """One line; whatever is wrong with it is in what is returned."""
@@ -155,7 +157,7 @@ class Parser:
         history: list[int] = []
         features = ()
         if "user" in fields:
-            user = self._user_of.get(name := _text(fields, "user"))
+            user = self._user_of.get(self._key(name := _text(fields, "user")))
             if user is None:
                 raise UserError(f"no user {name!r} among the {data.num_users:,} users of {data.name}")
             history = data.history(user, int(data.offsets[user + 1])).tolist()

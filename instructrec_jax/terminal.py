@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +15,36 @@ from instructrec_jax.files import write_atomic
 
 if TYPE_CHECKING:
     from instructrec_jax.samples import PackedRow
+
+OVERRIDES: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+OVERRIDES_HELP = "Any setting can be changed with a dotted option, e.g. --train.steps 400 --mesh.fsdp 8."
+
+
+@contextmanager
+def meter(label: str, expected: int) -> Iterator[Callable[[str], None]]:
+    """A function to call after each piece of work with a remark (its cost so far): a bar with ETA, or a line every ten seconds."""
+    if sys.stderr.isatty():
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        )  # fmt: skip
+        with Progress(*columns, transient=True) as bar:
+            task = bar.add_task(label, total=expected, note="")
+            yield lambda note: bar.update(task, advance=1, note=note or bar.tasks[0].fields["note"])
+        return
+    begun = said = time.monotonic()
+    done, cost = 0, ""
+
+    def advance(note: str) -> None:
+        nonlocal done, said, cost
+        done, cost = done + 1, note or cost
+        if (now := time.monotonic()) - said > 10:
+            said = now
+            left = (now - begun) / done * max(expected - done, 0)
+            click.echo(f"{label}: {done:,} of {expected:,}, {left:.0f} s left{', ' + cost if cost else ''}")
+
+    yield advance
 
 
 def progress(label: str, expected: int, items: Iterator) -> Iterator:

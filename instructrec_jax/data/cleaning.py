@@ -4,13 +4,14 @@ and after.
 The rules run in this order, each only where the configuration asks for it:
 
 1. *text*: ``text.clean_text`` over item text, ``text.plain`` over user features and tags (see ``data/text.py``).
-2. *minimum rating*: interactions rated below ``min_rating`` go, and so do unrated ones.
-3. *duplicates*: of a repeated (user, item) pair the first or the last event stays, by timestamp, then position; of
+2. *scrub*: personal data in item text (not titles), tags and user features becomes a mark (``privacy.Scrubber``).
+3. *minimum rating*: interactions rated below ``min_rating`` go, and so do unrated ones.
+4. *duplicates*: of a repeated (user, item) pair the first or the last event stays, by timestamp, then position; of
    those at the same moment the one with the lowest (first) or highest (last) rating, so that the order of the file's
    rows does not matter.
-4. *k-core*: users and items with fewer than k interactions go, again and again until none is left. Users must also
+5. *k-core*: users and items with fewer than k interactions go, again and again until none is left. Users must also
    reach ``min_user_events`` here, otherwise dropping them afterwards would break the core again.
-5. *minimum history*: without k-core, users with fewer than ``min_user_events`` events go.
+6. *minimum history*: without k-core, users with fewer than ``min_user_events`` events go.
 
 Items without interactions stay in the catalogue (they are cold items) unless k-core is on: then the catalogue is
 exactly the core.
@@ -24,6 +25,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Int
 
 from instructrec_jax.config import CleanConfig
+from instructrec_jax.data.privacy import Scrubber
 from instructrec_jax.data.schema import RawData, Step
 from instructrec_jax.data.text import clean_array
 from instructrec_jax.errors import DataError
@@ -40,6 +42,8 @@ def clean(raw: RawData, config: CleanConfig) -> RawData:
             the data do not have.
     """
     raw = clean_texts(raw, html=config.html)
+    if config.scrub != "none":
+        raw = scrub_texts(raw, Scrubber(config.scrub))
     if config.min_rating is not None:
         raw = drop_low_ratings(raw, config.min_rating)
     if config.duplicates != "keep":
@@ -156,6 +160,35 @@ def _clean_lists(column: pa.Array, html: bool) -> tuple[pa.Array, int]:
     rest = iter(words.to_pylist())
     rows = [[w for w in (next(rest) for _ in cell) if w] if cell is not None else [] for cell in column.to_pylist()]
     return pa.array(rows, column.type), count
+
+
+def scrub_texts(raw: RawData, scrubber: Scrubber) -> RawData:
+    """Personal data out of every text but titles, which the catalogue's owner wrote. A tag that was nothing else goes."""
+    tables: dict[str, pa.Table | None] = {}
+    for label, table in (("items", raw.items), ("users", raw.users), ("tags", raw.tags)):
+        if table is None:
+            continue
+        for i, (name, kind) in enumerate(zip(table.column_names, table.schema.types)):
+            if name in _NOT_TEXT or name == "title":
+                continue
+            column = table[name].combine_chunks()
+            if pa.types.is_string(kind):
+                table = table.set_column(i, name, scrubber.column(column))
+            elif pa.types.is_list(kind) and pa.types.is_string(kind.value_type):
+                rest = iter(scrubber.column(column.flatten()).to_pylist())
+                rows = [None if cell is None else [next(rest) for _ in cell] for cell in column.to_pylist()]
+                table = table.set_column(i, name, pa.array(rows, kind))
+        tables[label] = table
+    tags, dropped = tables.get("tags"), 0
+    if tags is not None:
+        says = pc.invert(pc.match_substring_regex(tags["tag"], r"^(\[[a-z-]+\][ ,;.]*)+$"))
+        dropped = tags.num_rows - int(pc.sum(says).as_py() or 0)
+        tables["tags"] = tags.filter(says) if dropped else tags
+    detail = ", ".join(f"{n:,} {kind}" for kind, n in scrubber.counts.most_common()) or "nothing found"
+    detail += f"; {dropped:,} tags dropped" if dropped else ""
+    n, users = raw.interactions.num_rows, _distinct(raw.interactions, "user_id")
+    step = Step(f"scrub ({scrubber.engine})", (n, n), (users, users), (raw.items.num_rows,) * 2, detail)
+    return raw.with_step(step, **tables)
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows

@@ -135,6 +135,44 @@ def lorenz(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, lab
     return drawing.svg
 
 
+def histogram(
+    counts: Sequence[int],
+    edges: Sequence[float],
+    *,
+    label: str,
+    x_label: str,
+    y_label: str,
+    marked: float | None,
+    name: str,
+) -> str:
+    """Bars of counts between edges (one more than counts); ``marked`` is a value to point out."""
+    with _canvas(name, label) as drawing:
+        axes = drawing.axes()
+        axes.stairs(counts, edges, fill=True, color=_SERIES[0], alpha=0.8)
+        if marked is not None:
+            axes.axvline(marked, color=_MUTED, lw=1.2, dashes=(2, 2))
+        axes.set_xlim(left=edges[0])
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+    return drawing.svg
+
+
+def long_tail(popularity: Sequence[int], *, label: str, name: str) -> str:
+    """Training events of each item, the most popular first, on two logarithmic axes; items without events are left out."""
+    with _canvas(name, label) as drawing:
+        axes = drawing.axes()
+        events = np.sort(np.asarray(popularity))[::-1]
+        events = events[events > 0]
+        # Ranks evenly spaced on the axis: a large catalogue would draw a point per item.
+        ranks = np.unique(np.geomspace(1, max(len(events), 1), _MOST_POINTS).astype(int))[: len(events)]
+        axes.plot(ranks, events[ranks - 1], color=_SERIES[0], lw=1.8)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("items, the most popular first")
+        axes.set_ylabel("training events")
+    return drawing.svg
+
+
 def thin(x: Sequence[float], y: Sequence[float], most: int = _MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
     """A curve with at most ``most`` points: means over equal numbers of neighbours, the last point kept as it is."""
     a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
+from instructrec_jax.data.privacy import hashed_column
 from instructrec_jax.data.schema import SPLIT_NAMES, TEST, SplitData
 from instructrec_jax.data.sources.files import read_file
 from instructrec_jax.data.sources.values import as_numbers, as_text
@@ -51,7 +52,13 @@ class Recommendations:
 
 
 def read_recommendations(
-    path: str | Path, data: SplitData, *, k: int = 20, columns: Mapping[str, str] | None = None, name: str = ""
+    path: str | Path,
+    data: SplitData,
+    *,
+    k: int = 20,
+    columns: Mapping[str, str] | None = None,
+    name: str = "",
+    user_key: Callable[[str], str] | None = None,
 ) -> Recommendations:
     """Read a file of recommendations and index it against a data set.
 
@@ -61,6 +68,7 @@ def read_recommendations(
         k: places kept per list.
         columns: our column name -> the file's column name.
         name: what the system is called; default: the file's name.
+        user_key: the file's name of a user -> the data's (``privacy.user_keys``); None = they are the same.
 
     Raises:
         DataError: no such file, another suffix, empty, not UTF-8, a missing column, a score or rank that is no number,
@@ -69,7 +77,7 @@ def read_recommendations(
     path = Path(path)
     columns_read = _read(path, dict(columns or {}))
     user_text, item_text = columns_read["user_id"], columns_read["item_id"]
-    user = _index(user_text, data.user_ids)
+    user = _index(hashed_column(user_text, user_key) if user_key else user_text, data.user_ids)
     item = _index(item_text, data.catalogue.item_ids)
     none = np.zeros(len(user))
     score, rank = columns_read.get("score", none), columns_read.get("rank", none)

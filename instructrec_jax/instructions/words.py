@@ -27,7 +27,7 @@ class Words:
     """Rule-made preferences and intentions of one data set."""
 
     def __init__(self, data: SplitData, domain: Domain, seed: int = 0, *, history_items: int = 64):
-        self._data, self._domain, self._seed, self._length = data, domain, seed, history_items
+        self._data, self.domain, self._seed, self._length = data, domain, seed, history_items
         self.facets = Facets(data.catalogue, domain)
 
     @cached_property
@@ -63,7 +63,7 @@ class Words:
                 shown = [
                     self._quoted(w, language) if frame == "worded" else self._label(w, language, frame) for w in top
                 ]
-                what = self._fill(self._domain.words[language][frame], language, **{slot: self._join(shown, language)})
+                what = self._fill(self.domain.words[language][frame], language, **{slot: self._join(shown, language)})
                 break
 
         own = self._tags[1]
@@ -115,7 +115,7 @@ class Words:
         if brand:
             terse.append(brand)
         terse.extend(limits)
-        named = self._domain.words[language]
+        named = self.domain.words[language]
         if labels:
             what = self._fill(named["labelled"], language, labels=self._join(labels, language))
         elif words:
@@ -160,12 +160,12 @@ class Words:
         return best if best and total[best] >= _CLEAR * sum(weights) else 0
 
     def _fill(self, frame: str, language: str, **values: str) -> str:
-        return frame.format_map({**self._domain.words[language], **values})
+        return frame.format_map({**self.domain.words[language], **values})
 
     def _label(self, label: str, language: str, frame: str) -> str:
         if frame == "branded":
             return label
-        name = self._domain.names.get(language, {}).get(label.lower())
+        name = self.domain.names.get(language, {}).get(label.lower())
         return name or (label if label.isupper() else label.lower())
 
     def _quoted(self, text: str, language: str) -> str:
