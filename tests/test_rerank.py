@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import P
 
-from instructrec_jax import config as configs
 from instructrec_jax import prepare, run
 from instructrec_jax.config import Config, MeshConfig, ModelConfig
 from instructrec_jax.errors import UserError
@@ -136,21 +137,39 @@ def test_a_model_without_the_head_says_so(parts: tuple) -> None:
         s.scorer(params).score([Request([1, 2], ["Heat"])], "rerank")
 
 
-def test_it_learns_by_training(parts: tuple, tmp_path) -> None:
-    """A short run with the head: its loss is in the log and falls, and a resumed command can score with it."""
+def test_it_learns() -> None:
+    """Gradient steps on one batch: the targets come to stand before the items that the matching head confuses them with."""
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+        model = model_of(CONFIG)
+        params = init_variables(model.arch, SIZES, CONFIG, jax.random.key(0))["params"]
+        batch, features = on_mesh(random_batch(4, 16)), content()
+        tx = optax.adam(1e-2)
+
+        def loss(params: dict) -> jax.Array:
+            out = model.apply({"params": params}, batch, features)
+            sums = losses.rerank_loss(out, batch, NUM_ITEMS, 20, 0.0, 16)
+            return sums.loss / sums.count
+
+        @jax.jit
+        def step(params: dict, opt: optax.OptState) -> tuple[dict, optax.OptState, jax.Array]:
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, opt = tx.update(grads, opt, params)
+            return optax.apply_updates(params, updates), opt, value  # pyright: ignore[reportReturnType]
+
+        opt, values = tx.init(params), []
+        for _ in range(80):
+            params, opt, value = step(params, opt)
+            values.append(float(value))
+    assert values[0] == pytest.approx(np.log(20), abs=0.1) and values[-1] < 1.5
+
+
+def test_a_run_has_it_in_its_log_and_can_be_scored_with(parts: tuple, tmp_path: Path) -> None:
     s, _ = parts
-    config = configs.from_dict(configs.to_dict(s.config) | {"runs": str(tmp_path)})
-    config = replace(
-        config,
-        train=replace(
-            config.train, steps=40, eval_every=40, checkpoint_every=40, learning_rate=2e-2, rerank_loss_weight=20.0
-        ),
-    )
+    config = replace(s.config, train=replace(s.config.train, steps=4))
     run.train_run(config, tmp_path / "run", lambda _: None)
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     values = [x["rerank_loss"] for x in lines if "rerank_loss" in x]
-    assert np.mean(values[-3:]) < np.mean(values[:3]) - 0.05
-    with run.trained(tmp_path / "run") as (again, params, step):
-        assert step == 40
+    assert len(values) == 2 and np.isfinite(values).all()
+    with run.trained(tmp_path / "run") as (again, params, _):
         scores = again.scorer(params).score([Request(again.builder.recommend_prompt([0, 1]), [1, 2, 3])], "rerank")[0]
     assert np.exp(scores).sum() == pytest.approx(1, abs=1e-5)
