@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,12 @@ def test_what_a_kill_left_is_removed_by_the_run_alone(tmp_path: Path) -> None:
     reader = Checkpoints(tmp_path)
     assert reader.latest() is None and (tmp_path / "7.orbax-checkpoint-tmp").exists()
     reader.close()
-    Checkpoints(tmp_path, clean=True).close()
+    run = Checkpoints(tmp_path, clean=True)
+    patience = time.monotonic() + 30  # it is removed in the background
+    while list(tmp_path.iterdir()) and time.monotonic() < patience:
+        time.sleep(0.05)
     assert not list(tmp_path.iterdir())
+    run.close()
 
 
 def test_a_file_in_the_way_stops_before_the_first_step(tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ def test_each_setting_makes_another_run_unless_it_only_measures_or_places(key):
     other = set_leaf(Config(), key, changed_value(kind_of(key), before))
     section = key.split(".")[0]
     same_run = configs.run_dir(other).name == configs.run_dir(Config()).name
-    assert same_run == (section in ("runs", "prepared", "evaluate", "mesh", "teacher"))
+    assert same_run == (section in ("runs", "prepared", "evaluate", "mesh", "profile", "teacher"))
     in_data = section in ("data", "instructions") or key in (
         "model.vocab_size",
         "model.content_features",
@@ -320,7 +320,7 @@ def test_check_same_run_names_the_changed_key(tmp_path, key):
     before = dict(leaves(configs.to_dict(Config())))[key]
     after = changed_value(kind_of(key), before)
     other = set_leaf(Config(), key, after)
-    if key.split(".")[0] in ("evaluate", "mesh", "teacher"):
+    if key.split(".")[0] in ("evaluate", "mesh", "profile", "teacher"):
         configs.check_same_run(other, tmp_path)
         return
     with pytest.raises(ConfigError) as caught:
