@@ -37,8 +37,15 @@ def test_edges_lead_to_every_item_and_know_what_lies_behind(sequences: list[list
     assert max((len(s) for s in sequences), default=0) <= widths.depth
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma2", "t5_v11"])
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 1)])
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("llama3", (1, 1, 1)),
+        pytest.param("gemma2", (1, 1, 1), marks=pytest.mark.slow),
+        ("t5_v11", (1, 2, 1)),
+        pytest.param("llama3", (1, 2, 1), marks=pytest.mark.slow),
+    ],
+)
 def test_a_wide_search_is_the_tries_ranking(name: str, mesh: tuple[int, int, int]) -> None:
     made_mesh, made = scorer(name, mesh)
     allowed = np.random.default_rng(0).random((3, len(titles()))) < 0.4

@@ -237,8 +237,10 @@ def test_loss_and_gradients_of_a_training_step(mesh: tuple[int, ...], remat: Any
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *found)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("layout", ["packed", "batched"])
+@pytest.mark.parametrize(
+    ("mesh", "layout"),
+    [((1, 1, 1), "packed"), ((2, 2, 2), "batched"), pytest.param((2, 2, 2), "packed", marks=pytest.mark.slow)],
+)
 def test_scores_of_candidates(mesh: tuple[int, ...], layout: Any) -> None:
     """Packed rows of several requests, and blocks that continue a prompt."""
     r = np.random.default_rng(3)

@@ -290,7 +290,7 @@ def random_variables(arch: Architecture) -> Any:
 @pytest.mark.parametrize(
     ("arch", "meshes"),
     [
-        pytest.param(TINY, [(2, 2, 2)], id="decoder"),
+        pytest.param(TINY, [(2, 2, 2)], id="decoder", marks=pytest.mark.slow),
         pytest.param(TINY, [(1, 8, 1)], id="decoder, fsdp", marks=pytest.mark.slow),
         pytest.param(TINY_T5, [(2, 2, 2)], id="encoder-decoder", marks=pytest.mark.slow),
     ],

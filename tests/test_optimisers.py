@@ -72,7 +72,8 @@ def updated(mesh: jax.sharding.Mesh, name: str, steps: int = 20) -> Any:
         return jax.device_get(params)
 
 
-@pytest.mark.parametrize("name", ["muon", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[:3])])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_updates_are_the_same_on_every_mesh(name: str) -> None:
     alone = updated(one_device(), name)
     start = updated(one_device(), name, 0)
@@ -228,6 +229,7 @@ def small_steps(mesh: jax.sharding.Mesh, config: Config, steps: int) -> tuple[li
 SMALL = replace(MODEL, width=32, layers=2, head_size=8, mlp_width=32)
 
 
+@pytest.mark.slow
 def test_the_running_mean_is_kept_saved_and_restored(tmp_path: Path) -> None:
     config = Config(model=SMALL, train=replace(TRAIN, ema=0.5))
     kept, _, state = small_steps(make_mesh(MeshConfig(1, 4, 2)), config, 4)

@@ -165,6 +165,7 @@ def losses_of(config: Config, mesh: tuple, steps: int = 3) -> tuple[list[float],
         return out, jax.device_get(state["params"])
 
 
+@pytest.mark.slow
 def test_tiles_and_remat_change_no_number() -> None:
     plain, params = losses_of(Config(model=MODEL, train=dataclasses.replace(TRAIN, logits_chunk=32)), (1, 1, 1))
     lean = dataclasses.replace(MODEL, remat="least")

@@ -91,7 +91,7 @@ def config_of(tmp: Path, model: str, instructions: dict | None = None, **changes
     return configs.from_dict(tree)
 
 
-@pytest.mark.parametrize("model", ["llama", "t5"])
+@pytest.mark.parametrize("model", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_prepare_train_evaluate(made: Path, model: str) -> None:
     config = config_of(made, model)
     prepare.prepare(config, lambda _: None)

@@ -50,7 +50,10 @@ def one_device() -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 4, 2), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param((8, 1, 1), marks=pytest.mark.slow), pytest.param((1, 4, 2), marks=pytest.mark.slow), (2, 2, 2)],
+)
 def test_losses_are_the_same_on_every_mesh(sizes: tuple[int, int, int]) -> None:
     config = Config(model=MODEL, train=TRAIN)
     alone, params = run_steps(one_device(), config, 5)
