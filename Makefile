@@ -2,6 +2,7 @@
 #
 #   make setup PYTHON=/path/to/python     choose the interpreter (3.11 or newer)
 #   make test ARGS="-k splits"            pass options to pytest
+#   make test WORKERS=0                   in one process (to debug); more than 2 on a large machine
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -9,6 +10,7 @@ SHELL := /bin/sh
 
 PYTHON ?=
 ARGS ?=
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -39,7 +41,7 @@ demo: $(READY) ## run the main job on the embedded data and show the result
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/demo.py
 
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 parity: $(PARITY)/.ready ## compare the models with PyTorch (Python 3.11 and a CPU build of torch, in .venv-parity)
 	$(PARITY)/bin/python -m pytest tests/parity $(ARGS)
