@@ -289,7 +289,7 @@ def test_each_setting_makes_another_run_unless_it_only_measures_or_places(key):
     other = set_leaf(Config(), key, changed_value(kind_of(key), before))
     section = key.split(".")[0]
     same_run = configs.run_dir(other).name == configs.run_dir(Config()).name
-    assert same_run == (section in ("runs", "prepared", "evaluate", "mesh", "teacher"))
+    assert same_run == (section in ("runs", "prepared", "evaluate", "mesh", "profile", "teacher"))
     in_data = section in ("data", "instructions") or key in (
         "model.vocab_size",
         "model.content_features",
@@ -298,6 +298,20 @@ def test_each_setting_makes_another_run_unless_it_only_measures_or_places(key):
         "model.pretrained",  # its tokeniser is copied
     )
     assert (other.data_hash() != Config().data_hash()) == in_data
+
+
+@dataclasses.dataclass(frozen=True)
+class LaterInstructionConfig(configs.InstructionConfig):
+    new: int = 0
+
+
+def test_a_new_setting_with_its_default_changes_no_hash():
+    later = Config(instructions=LaterInstructionConfig(search=2.0))
+    before = Config(instructions=configs.InstructionConfig(search=2.0))
+    assert later.data_hash() == before.data_hash() != Config().data_hash()
+    assert configs.run_dir(later) == configs.run_dir(before) != configs.run_dir(Config())
+    used = Config(instructions=LaterInstructionConfig(search=2.0, new=1))
+    assert used.data_hash() != before.data_hash() and configs.run_dir(used) != configs.run_dir(before)
 
 
 @pytest.mark.parametrize("section", ["templates", "packs"])
@@ -320,7 +334,7 @@ def test_check_same_run_names_the_changed_key(tmp_path, key):
     before = dict(leaves(configs.to_dict(Config())))[key]
     after = changed_value(kind_of(key), before)
     other = set_leaf(Config(), key, after)
-    if key.split(".")[0] in ("evaluate", "mesh", "teacher"):
+    if key.split(".")[0] in ("evaluate", "mesh", "profile", "teacher"):
         configs.check_same_run(other, tmp_path)
         return
     with pytest.raises(ConfigError) as caught:

@@ -109,6 +109,7 @@ class SplitData:
         default_factory=list
     )  # (user index or -1, item index, tag): training events only
     steps: tuple[Step, ...] = ()
+    first_user: int = 0  # of a part: the number of its user 0 in the whole, which keys and records are made of
 
     @property
     def num_users(self) -> int:
@@ -131,6 +132,22 @@ class SplitData:
         if end is None:
             return self.item[start:stop][self.split[start:stop] == TRAIN]
         return self.item[start:end]
+
+    def part(self, first: int, last: int) -> SplitData:
+        """Users ``first`` to ``last`` (exclusive) as data of their own, without copies; tags and the users table stay with the whole."""
+        start, stop = int(self.offsets[first]), int(self.offsets[last])
+        return replace(
+            self,
+            user_ids=self.user_ids[first:last],
+            offsets=self.offsets[first : last + 1] - start,
+            item=self.item[start:stop],
+            split=self.split[start:stop],
+            time=None if self.time is None else self.time[start:stop],
+            rating=None if self.rating is None else self.rating[start:stop],
+            users=None,
+            tags=[],
+            first_user=self.first_user + first,
+        )
 
     def cases(self, split: int) -> Cases:
         """Every event of a split that has at least one event before it, as an evaluation case."""

@@ -6,9 +6,11 @@ target shows in the wording beyond what the template declares.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 
@@ -34,6 +36,13 @@ class Words:
     def _tags(self) -> tuple[dict[int, list[str]], dict[tuple[int, int], list[str]]]:
         return self.facets.tags(self._data.tags)
 
+    def over(self, part: SplitData) -> Self:
+        """The same words for a part of the users; what the catalogue and everybody's tags say is not worked out again."""
+        _ = self._tags
+        other = copy.copy(self)
+        other._data = part
+        return other
+
     def preference(self, user: int, end: int, language: str) -> str | None:
         """P2: a sentence on the taste that the user's events before index ``end`` show; None if nothing can be said.
 
@@ -49,7 +58,8 @@ class Words:
             if len(known):  # an unknown rating compares as not below
                 weight = np.where(rating < known.mean(), weight * _DISLIKED, weight)
         weights: list[float] = weight.tolist()
-        number = mix(key(self._seed, user, end - int(self._data.offsets[user])))
+        person = self._data.first_user + user
+        number = mix(key(self._seed, person, end - int(self._data.offsets[user])))
         phrases, facets = load_phrases(language), self.facets
 
         what = ""
@@ -67,7 +77,7 @@ class Words:
                 break
 
         own = self._tags[1]
-        tags = dict.fromkeys(t for i in reversed(items) for t in own.get((user, i), ()))
+        tags = dict.fromkeys(t for i in reversed(items) for t in own.get((person, i), ()))
         said = self._join([self._quoted(t, language) for t in list(tags)[:2]], language)
         if not what:
             return self._fill(phrases.one["taste_tags_only"], language, tags=said) if said else None
@@ -88,7 +98,7 @@ class Words:
         the domain's constraints say of it (at most 3).
         ``ordinal`` is the place of the target among the user's events (0-based).
         """
-        number = mix(key(self._seed, user, ordinal, int(level[1])))
+        number = mix(key(self._seed, self._data.first_user + user, ordinal, int(level[1])))
         phrases, facets = load_phrases(language), self.facets
         if level == "I1":
             frame_key = mix(number)
