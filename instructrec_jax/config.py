@@ -467,6 +467,16 @@ def parse_overrides(words: typing.Sequence[str]) -> dict[str, Any]:
     return out
 
 
+def split_options(words: typing.Sequence[str], prefix: str) -> tuple[list[str], list[str]]:
+    """(the other words, those of the options ``--PREFIXname`` without the prefix): ``--beam.runner X`` becomes ``--runner X``."""
+    ours, theirs = [], []
+    taken = False  # by the option before: a word that is no option is its value
+    for word in words:
+        taken = word.startswith(f"--{prefix}") or (taken and not word.startswith("--"))
+        (theirs if taken else ours).append(word.replace(f"--{prefix}", "--", 1) if word.startswith("--") else word)
+    return ours, theirs
+
+
 def _kind(key: str) -> Any:
     """Type of a dotted key, or None if there is no such key."""
     kind: Any = Config
