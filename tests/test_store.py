@@ -159,7 +159,9 @@ def test_parts_of_a_stored_split_are_those_of_the_loaded_one(tmp_path, monkeypat
     data = replace(data, offsets=np.insert(data.offsets, 5, data.offsets[5]), user_ids=["nobody", *data.user_ids])
     store.save_split(data, tmp_path)
     stored = store.StoredSplit(tmp_path)
-    same(replace(stored.frame, rating=None), replace(data.part(0, 0), tags=data.tags, steps=(), rating=None, users=None))
+    same(
+        replace(stored.frame, rating=None), replace(data.part(0, 0), tags=data.tags, steps=(), rating=None, users=None)
+    )
     read, expected = list(stored.parts(events)), list(store.load_split(tmp_path).parts(events))
     assert len(read) == len(expected) and (len(read) > 1) == (events < 10_000)
     for a, b in zip(read, expected):

@@ -53,9 +53,7 @@ def save_split(data: SplitData, folder: str | Path) -> Path:
         for name, table in tables.items():
             sink = io.BytesIO()
             # Arrow calls a list's child "item"; the Parquet standard's "element" would come back as another type.
-            pq.write_table(
-                table, sink, compression="zstd", use_compliant_nested_type=False, row_group_size=_GROUP_ROWS
-            )
+            pq.write_table(table, sink, compression="zstd", use_compliant_nested_type=False, row_group_size=_GROUP_ROWS)
             content = sink.getvalue()
             _write(temporary / name, content)
             files[name] = {"rows": table.num_rows, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
