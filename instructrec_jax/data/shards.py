@@ -19,7 +19,8 @@ import numpy as np
 from instructrec_jax.instructions.example import Feature, InstructionExample
 
 NAME, VERSION, SPLIT = "instructions", "1.0.0", "train"
-WORDS = ("template", "language", "preference", "intention", "task", "metric", "prompt", "answer")
+_SAME = ("template", "language", "preference", "intention", "task", "metric")
+WORDS = (*_SAME, "prompt", "answer")
 ITEMS = ("prompt_items", "answer_items", "candidates")
 NUMBERS = ("user", "target", "dense", "dense_from")
 _HEAD = struct.Struct("=16sI")  # of a record on its way: place, bytes
@@ -34,18 +35,34 @@ def serialise(example: InstructionExample) -> bytes:
     from tensorflow_datasets.proto import tf_example_pb2
 
     record = tf_example_pb2.Example()
+    record.CopyFrom(_of_template(*[getattr(example, name) for name in _SAME]))
     feature = record.features.feature
-    for name in WORDS:
-        feature[name].bytes_list.value.append(getattr(example, name).encode())
+    feature["prompt"].bytes_list.value.append(example.prompt.encode())
+    feature["answer"].bytes_list.value.append(example.answer.encode())
     for name in NUMBERS:
         feature[name].int64_list.value.append(int(getattr(example, name)))
-    lists = [(name, getattr(example, name)) for name in ITEMS]
-    for name, values in (*lists, ("feature_index", [f.index for f in example.features])):
-        feature[name].int64_list.SetInParent()  # an empty list is one of whole numbers too
-        feature[name].int64_list.value.extend(values)
-    feature["feature_value"].float_list.SetInParent()
-    feature["feature_value"].float_list.value.extend([f.value for f in example.features])
+    for name in ITEMS:
+        if values := getattr(example, name):
+            feature[name].int64_list.value.extend(values)
+    if example.features:
+        feature["feature_index"].int64_list.value.extend([f.index for f in example.features])
+        feature["feature_value"].float_list.value.extend([f.value for f in example.features])
     return record.SerializeToString(deterministic=True)
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_template(*words: str) -> Any:
+    """What the examples of a template have in common, with the lists empty, but of their kind."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    record = tf_example_pb2.Example()
+    feature = record.features.feature
+    for name, value in zip(_SAME, words, strict=True):
+        feature[name].bytes_list.value.append(value.encode())
+    for name in (*ITEMS, "feature_index"):
+        feature[name].int64_list.SetInParent()
+    feature["feature_value"].float_list.SetInParent()
+    return record
 
 
 def parse(record: bytes) -> InstructionExample:

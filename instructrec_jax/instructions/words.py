@@ -7,6 +7,7 @@ target shows in the wording beyond what the template declares.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -31,6 +32,7 @@ class Words:
     def __init__(self, data: SplitData, domain: Domain, seed: int = 0, *, history_items: int = 64):
         self._data, self.domain, self._seed, self._length = data, domain, seed, history_items
         self.facets = Facets(data.catalogue, domain)
+        self._damping: dict[str, float] = {}
 
     @cached_property
     def _tags(self) -> tuple[dict[int, list[str]], dict[tuple[int, int], list[str]]]:
@@ -148,18 +150,24 @@ class Words:
 
     def _top(self, facets: Iterable[Sequence[str]], weights: Sequence[float], n: int, *, often: bool) -> list[str]:
         """The ``n`` heaviest facets, damped by how common they are in the catalogue; ``often``: twice if any is."""
+        facets = list(facets)
         total: dict[str, float] = {}
-        times: Counter[str] = Counter()
         for values, weight in zip(facets, weights):
             for value in values:
                 total[value] = total.get(value, 0.0) + weight
-                times[value] += 1
-        if often and any(t > 1 for t in times.values()):
-            total = {v: w for v, w in total.items() if times[v] > 1}
-        common = self.facets.document_frequency
-        score = {v: w / max(common[v.lower()], 1) ** 0.25 for v, w in total.items()}
+        if often:
+            times = Counter(itertools.chain.from_iterable(facets))
+            if any(t > 1 for t in times.values()):
+                total = {v: w for v, w in total.items() if times[v] > 1}
+        damping = self._damping
+        score = {v: w / (damping.get(v) or self._damp(v)) for v, w in total.items()}
         best = sorted(score, key=lambda v: (-score[v], v))[:n]
         return [v for v in best if score[v] >= 0.3 * score[best[0]]]
+
+    def _damp(self, facet: str) -> float:
+        found = max(self.facets.document_frequency[facet.lower()], 1) ** 0.25
+        self._damping[facet] = found
+        return found
 
     def _decade(self, items: Sequence[int], weights: Sequence[float]) -> int:
         total: dict[int, float] = {}
