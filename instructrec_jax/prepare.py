@@ -138,7 +138,7 @@ def prepare(
         if engine == "beam":
             manifest, counts = beam_engine().write(fresh, config, beam_options)
         else:
-            manifest, counts = _write_records(builder, config, fresh / "records", progress)
+            manifest, counts = write_records(builder, config, fresh / "records", progress)
         written, skipped, words = (dict(sorted(counts[kind].items())) for kind in ("written", "skipped", "words"))
         say(f"  {manifest['records']:,} instruction examples in {len(manifest['shards'])} shard(s)"
             + (f"; without words to say: {skipped}" if skipped else ""))  # fmt: skip
@@ -205,10 +205,10 @@ class _Examples:
         return self._progress("  instructions", self.expected, stream) if self._progress else stream
 
 
-def _write_records(
+def write_records(
     builder: Builder, config: Config, folder: Path, progress: Progress | None
 ) -> tuple[dict[str, Any], dict[str, Counter[str]]]:
-    """The manifest, and the counts of builder and teacher."""
+    """Write the records of a builder whose words have been asked for nothing that counts: the manifest, and the counts of both."""
     words = builder.words.counts if isinstance(builder.words, TaughtWords) else Counter()
     words.clear()  # what the tokeniser's sample asked for
     manifest = records.write(
