@@ -183,6 +183,7 @@ def write_shard(file: Path, records: Iterable[bytes]) -> tuple[int, int]:
 def write_description(folder: Path, lengths: list[int], size: int) -> dict[str, Any]:
     """Write what TFDS reads beside the shards: features and number of records of each; gives the features as JSON values."""
     import tensorflow_datasets as tfds
+    from etils import epath
 
     ints = tfds.features.Tensor(shape=(None,), dtype=np.int32)
     features: dict[str, Any] = {
@@ -191,8 +192,8 @@ def write_description(folder: Path, lengths: list[int], size: int) -> dict[str, 
         "feature_value": tfds.features.Tensor(shape=(None,), dtype=np.float32),
         **dict.fromkeys(NUMBERS, np.int32),
     }
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
+    template: Any = tfds.core.ShardedFileTemplate(
+        data_dir=epath.Path(folder), dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
     )
     info = tfds.core.SplitInfo(name=SPLIT, shard_lengths=lengths, num_bytes=size, filename_template=template)
     tfds.folder_dataset.write_metadata(

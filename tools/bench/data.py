@@ -29,7 +29,10 @@ def main() -> None:
     parser.add_argument("--million", type=int, nargs="*", default=[5, 15, 50], help="interactions of the memory runs")
     parser.add_argument("--workers", type=int, nargs="*", default=WORKERS, help="of Apache Beam; none = leave it out")
     parser.add_argument("--plot", type=Path, help="folder for a picture of time and memory")
+    parser.add_argument("--quick", action="store_true", help="the embedded set, one worker, one million interactions")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.million, arguments.workers = [1], [1]
     with tempfile.TemporaryDirectory() as scratch:
         found = measure(Path(scratch), arguments)
     if arguments.json:
@@ -42,12 +45,13 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from instructrec_jax import prepare
 
     data = Path(os.environ.get("INSTRUCTREC_DATA", ROOT.parent / "shared" / "data")) / "ml-1m"
-    preset = "ml_1m" if data.is_dir() else "ml_latest_small"
-    words = ["--data.path", str(data)] if data.is_dir() else []
+    large = data.is_dir() and not arguments.quick
+    preset = "ml_1m" if large else "ml_latest_small"
+    words = ["--data.path", str(data)] if large else []
     file = str(ROOT / "configs" / f"{preset}.yaml")
     config = configs.load(file, [*words, "--prepared", str(scratch)])
     prepared = prepare.prepare(config, lambda _: None)
-    found: dict[str, Any] = {"data": config.name, "interactions": len(prepared.data.item)}
+    found: dict[str, Any] = {"benchmark": "data", "data": config.name, "interactions": len(prepared.data.item)}
     print(f"{config.name}: {found['interactions']:,} interactions", flush=True)
     found["local"] = local = throughput(prepared, config)
     found["ratios"] = {"examples_per_s_per_core": local["examples"] / local["cpu_seconds"]}

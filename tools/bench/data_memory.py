@@ -99,5 +99,5 @@ def draw(rows: list[dict[str, float]], file: Path) -> None:
     pyplot.close(figure)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and len(sys.argv) == 3:  # with none it is imported, or run by `make bench`
     print(json.dumps(run(Path(sys.argv[1]), sys.argv[2])))
