@@ -169,15 +169,15 @@ def test_the_same_seed_gives_the_same_batches(made):
 
 
 def test_an_error_in_the_thread_comes_with_its_batch(made, monkeypatch):
-    read, calls = TokenisedRecords.__getitem__, []
+    made_table, calls = TokenisedRecords._table, []
 
-    def fails_later(self, index):
+    def fails_later(self, index, example):
         calls.append(index)
         if len(calls) > 40:
             raise DataError("a record is damaged")
-        return read(self, index)
+        return made_table(self, index, example)
 
-    monkeypatch.setattr(TokenisedRecords, "__getitem__", fails_later)
+    monkeypatch.setattr(TokenisedRecords, "_table", fails_later)
     stream = batches(made)
     with pytest.raises(DataError, match="a record is damaged"):
         for _ in range(40):
