@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
