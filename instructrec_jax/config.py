@@ -83,6 +83,12 @@ class InstructionConfig:
     )
     repeat_targets: bool = True  # items in the overlap of two windows are targets in both, with two lengths of context
     candidates: int = 10  # candidates of a T3 prompt, the target included
+    negatives: Literal["uniform", "popularity"] = (
+        "uniform"  # how the other items of T0, T1 and T3 training prompts are drawn
+    )
+    max_per_user: int = (
+        0  # most windows of a user (the newest), and most targets of a user in each other family; 0 = no limit
+    )
     copies: int = 1  # renderings of every sequential window, each with another wording
     items_as: Literal["token", "title", "both"] = "token"  # how items stand in prompts: soft tokens, words, or both
     dense_titles: bool = True  # items_as title: all titles of a history carry loss, not only the answer
@@ -328,11 +334,22 @@ class Config:
     def data_hash(self) -> str:
         """Hash of everything that decides the content of the prepared data."""
         names = ("vocab_size", "content_features", "cooccurrence_features", "text_encoder", "pretrained")
-        model = {k: getattr(self.model, k) for k in names}
-        parts = [to_dict(self.data), to_dict(self.instructions), model]
+        model = _changed(self.model)
+        parts = [_changed(self.data), _changed(self.instructions)]
+        parts += [{k: v for k, v in model.items() if k in names}]
         # The words in them decide, not only where they are.
         parts += [_digest(path) for path in (*self.instructions.templates, *self.instructions.packs)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """What differs from the defaults, as nested dictionaries: a new setting does not change the hash of configs without it."""
+    usual, out = type(config)(), {}
+    for name in (f.name for f in dataclasses.fields(config)):
+        value = getattr(config, name)
+        if value != getattr(usual, name):
+            out[name] = _changed(value) if dataclasses.is_dataclass(value) else to_dict(value)
+    return out
 
 
 def _digest(path: str) -> str:
@@ -345,7 +362,7 @@ def _digest(path: str) -> str:
 def run_dir(config: Config) -> Path:
     """The folder of a config's run: the same settings give the same folder, so the same command resumes."""
     outside = ("runs", "prepared", "evaluate", "mesh", "profile", "teacher")  # decide nothing of what is learnt
-    tree = {k: v for k, v in to_dict(config).items() if k not in outside}
+    tree = {k: v for k, v in _changed(config).items() if k not in outside}
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
     return path_of(config.runs) / f"{config.name}-{digest[:8]}"
 
@@ -448,6 +465,16 @@ def parse_overrides(words: typing.Sequence[str]) -> dict[str, Any]:
             value = rest.pop(0)
         out[key] = value if _kind(key) is str else _scalar(value)
     return out
+
+
+def split_options(words: typing.Sequence[str], prefix: str) -> tuple[list[str], list[str]]:
+    """(the other words, those of the options ``--PREFIXname`` without the prefix): ``--beam.runner X`` becomes ``--runner X``."""
+    ours, theirs = [], []
+    taken = False  # by the option before: a word that is no option is its value
+    for word in words:
+        taken = word.startswith(f"--{prefix}") or (taken and not word.startswith("--"))
+        (theirs if taken else ours).append(word.replace(f"--{prefix}", "--", 1) if word.startswith("--") else word)
+    return ours, theirs
 
 
 def _kind(key: str) -> Any:

@@ -12,13 +12,16 @@ A prepared folder is complete or absent: everything is built beside it and moved
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -30,7 +33,7 @@ from instructrec_jax.data.cleaning import clean
 from instructrec_jax.data.features import UserFeatures
 from instructrec_jax.data.schema import SplitData
 from instructrec_jax.data.splits import split
-from instructrec_jax.errors import ConfigError, DataError
+from instructrec_jax.errors import ConfigError, DataError, UserError
 from instructrec_jax.files import read_json, sha256, write_json
 from instructrec_jax.instructions.build import FAMILIES, Builder
 from instructrec_jax.instructions.example import InstructionExample
@@ -45,6 +48,7 @@ _FILES = (
     "user_features.npz",
     "tokenizer/tokenizer.json",
 )  # data/ and records/ have their own manifests
+_PART_EVENTS = 1 << 17  # events of a part of the users, about
 _TOKENIZER_SAMPLE = 20_000  # rendered examples that the tokeniser is trained on, beside all titles
 
 
@@ -66,10 +70,11 @@ class Prepared:
 
     def builder(self, config: Config) -> Builder:
         """Prompts over this data set."""
-        return _builder(self.data, self.users, config, self.folder)
+        return builder_of(self.data, self.users, config, self.folder)
 
 
-def _builder(data: SplitData, users: UserFeatures, config: Config, folder: Path) -> Builder:
+def builder_of(data: SplitData, users: UserFeatures, config: Config, folder: Path) -> Builder:
+    """Prompts over a data set whose taught texts, if there are any, are in ``folder``."""
     tokens = users.tokens if users.names else None
     settings = config.instructions
     builder = Builder(data, settings, config.data.domain, tokens, items_as=settings.items_as)
@@ -80,10 +85,20 @@ def _builder(data: SplitData, users: UserFeatures, config: Config, folder: Path)
     return builder
 
 
-def prepare(config: Config, say: Say, progress: Progress | None = None) -> Prepared:
+def prepare(
+    config: Config,
+    say: Say,
+    progress: Progress | None = None,
+    *,
+    engine: Literal["local", "beam"] = "local",
+    beam_options: Sequence[str] = (),
+) -> Prepared:
     """Build the prepared data set of a config, replacing an older one of the same name.
 
+    The engine writes the instruction records; both give the same bytes. ``beam_options``: as of ``beam_engine.write``.
+
     Raises:
+        UserError: Apache Beam is asked for and not installed.
         DataError: bad input, naming file, row and column.
         ConfigError: settings that do not fit the data.
     """
@@ -111,7 +126,7 @@ def prepare(config: Config, say: Say, progress: Progress | None = None) -> Prepa
 
         if config.instructions.teacher:  # a copy: the folder stands by itself, and its sum is on record
             shutil.copyfile(texts.verified(config.instructions.teacher), fresh / TEXTS)
-        builder = _builder(data, users, config, fresh)
+        builder = builder_of(data, users, config, fresh)
         if config.model.pretrained:
             from instructrec_jax.models.hf.fetch import resolve
 
@@ -120,19 +135,13 @@ def prepare(config: Config, say: Say, progress: Progress | None = None) -> Prepa
         else:
             say("  tokeniser")
             tokenizer.train(_texts(data, builder), config.model.vocab_size, fresh / "tokenizer")
-        if isinstance(builder.words, TaughtWords):
-            builder.words.counts.clear()  # what the tokeniser's sample asked for
-        examples = _Examples(builder, config, progress)
-        manifest = records.write(
-            examples,
-            fresh / "records",
-            config_hash=config.data_hash(),
-            seed=config.instructions.seed,
-            shard_records=config.instructions.shard_records,
-        )
+        if engine == "beam":
+            manifest, counts = beam_engine().write(fresh, config, beam_options)
+        else:
+            manifest, counts = write_records(builder, config, fresh / "records", progress)
+        written, skipped, words = (dict(sorted(counts[kind].items())) for kind in ("written", "skipped", "words"))
         say(f"  {manifest['records']:,} instruction examples in {len(manifest['shards'])} shard(s)"
-            + (f"; without words to say: {dict(builder.skipped)}" if builder.skipped else ""))  # fmt: skip
-        words = dict(sorted(builder.words.counts.items())) if isinstance(builder.words, TaughtWords) else {}
+            + (f"; without words to say: {skipped}" if skipped else ""))  # fmt: skip
         if words:
             say("  words by " + ", ".join(f"{name} {count:,}" for name, count in words.items()))
         write_json(
@@ -142,8 +151,8 @@ def prepare(config: Config, say: Say, progress: Progress | None = None) -> Prepa
                 "config_hash": config.data_hash(),
                 "statistics": store.statistics(data),
                 "steps": [asdict(step) for step in data.steps],
-                "examples": dict(builder.written),
-                "skipped": dict(builder.skipped),
+                "examples": written,
+                "skipped": skipped,
                 "words": words,
                 "files": {name: sha256(fresh / name) for name in (*_FILES, TEXTS) if (fresh / name).exists()},
             },
@@ -178,17 +187,52 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
+def expected_records(windows: int, config: Config) -> int:
+    """About how many records so many sequential windows give: what the number of shards is made from."""
+    share = config.instructions.copies + sum(getattr(config.instructions, family) for family in FAMILIES)
+    return round(windows * share)
+
+
 class _Examples:
     """The builder's stream with a length hint (for the number of shards) and progress."""
 
     def __init__(self, builder: Builder, config: Config, progress: Progress | None):
         self._builder, self._progress = builder, progress
-        share = config.instructions.copies + sum(getattr(config.instructions, family) for family in FAMILIES)
-        self.expected = round(builder.num_windows * share)
+        self.expected = expected_records(builder.num_windows, config)
 
     def __call__(self) -> Iterator[InstructionExample]:
-        stream = self._builder.training_examples()
+        stream = self._builder.training_examples(lambda: self._builder.data.parts(_PART_EVENTS))
         return self._progress("  instructions", self.expected, stream) if self._progress else stream
+
+
+def write_records(
+    builder: Builder, config: Config, folder: Path, progress: Progress | None
+) -> tuple[dict[str, Any], dict[str, Counter[str]]]:
+    """Write the records of a builder whose words have been asked for nothing that counts: the manifest, and the counts of both."""
+    words = builder.words.counts if isinstance(builder.words, TaughtWords) else Counter()
+    words.clear()  # what the tokeniser's sample asked for
+    manifest = records.write(
+        _Examples(builder, config, progress),
+        folder,
+        config_hash=config.data_hash(),
+        seed=config.instructions.seed,
+        shard_records=config.instructions.shard_records,
+    )
+    return manifest, {"written": builder.written, "skipped": builder.skipped, "words": words}
+
+
+def beam_engine() -> ModuleType:
+    """The module ``beam_engine``.
+
+    Raises:
+        UserError: Apache Beam is not installed.
+    """
+    try:
+        return importlib.import_module("instructrec_jax.beam_engine")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("apache_beam"):
+            raise
+        raise UserError("Apache Beam is not installed", remedy="pip install 'instructrec_jax[beam]'") from error
 
 
 def _texts(data: SplitData, builder: Builder) -> Iterator[str]:

@@ -300,6 +300,20 @@ def test_each_setting_makes_another_run_unless_it_only_measures_or_places(key):
     assert (other.data_hash() != Config().data_hash()) == in_data
 
 
+@dataclasses.dataclass(frozen=True)
+class LaterInstructionConfig(configs.InstructionConfig):
+    new: int = 0
+
+
+def test_a_new_setting_with_its_default_changes_no_hash():
+    later = Config(instructions=LaterInstructionConfig(search=2.0))
+    before = Config(instructions=configs.InstructionConfig(search=2.0))
+    assert later.data_hash() == before.data_hash() != Config().data_hash()
+    assert configs.run_dir(later) == configs.run_dir(before) != configs.run_dir(Config())
+    used = Config(instructions=LaterInstructionConfig(search=2.0, new=1))
+    assert used.data_hash() != before.data_hash() and configs.run_dir(used) != configs.run_dir(before)
+
+
 @pytest.mark.parametrize("section", ["templates", "packs"])
 def test_the_words_of_further_files_are_part_of_the_data(tmp_path, section):
     file = tmp_path / "words.yaml"

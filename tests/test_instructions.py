@@ -18,6 +18,7 @@ from instructrec_jax.instructions.keyed import key, keys
 from instructrec_jax.instructions.negatives import negatives_name, sample_negatives
 from instructrec_jax.instructions.packs import Constraint, clean_text, load_domain
 from instructrec_jax.instructions.render import Slots, render
+from instructrec_jax.instructions.targets import Stage, targets, with_limits
 from instructrec_jax.instructions.templates import load_templates
 from instructrec_jax.instructions.words import Words
 from tests.small_split import small_split
@@ -595,3 +596,70 @@ def test_imports_no_jax():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+# --------------------------------------------------------------------------------------------------------------- in parts
+
+
+def thirds(data):
+    """The users in three parts, one of which has a single user."""
+    return [data.part(0, 4), data.part(4, 5), data.part(5, data.num_users)]
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"max_per_user": 2, "negatives": "popularity"}, {"search": 40.0, "describe": 0.01}]
+)
+def test_parts_give_what_the_whole_gives(change):
+    data = small_split()
+    config = replace(MORE, **change)
+
+    def features(user):
+        return (Feature(user, 1.0),) if user % 3 else ()
+
+    whole = Builder(data, config, "films", features)
+    expected = list(whole.training_examples())
+    parts = Builder(data, config, "films", features)
+    assert list(parts.training_examples(lambda: iter(thirds(data)))) == expected
+    assert parts.written == whole.written and parts.skipped == whole.skipped
+    nobody = Builder(replace(data.part(0, 0), tags=data.tags), config, "films", features)
+    assert list(nobody.training_examples(lambda: iter(thirds(data)))) == expected
+
+
+def test_targets_are_the_events_with_the_smallest_keys():
+    data = small_split(users=200, longest=60)
+    ordinal = np.arange(len(data.item)) - data.offsets[data.user]
+    pool = np.flatnonzero((data.split == TRAIN) & (ordinal >= 1))
+    made = keys(7, 5, 0, data.user[pool], ordinal[pool])
+    for count in (1, 2, 50, len(pool) // 2, len(pool) - 1, len(pool)):
+        stage = with_limits([(Stage("describe", 5, 1), count)], lambda: [data], 7, [0, len(pool)])[0]
+        expected = np.sort(pool[np.argsort(made)[:count]])
+        np.testing.assert_array_equal(targets(7, stage, data), expected)
+    capped = targets(7, stage, data, most=3)
+    per_user = np.bincount(data.user[capped], minlength=data.num_users)
+    assert (per_user == np.minimum(np.bincount(data.user[pool], minlength=data.num_users), 3)).all()
+    lowest = {u: set(np.argsort(made[data.user[pool] == u])[:3]) for u in range(data.num_users)}
+    assert all(set(ordinal[capped[data.user[capped] == u]] - 1) == lowest[u] for u in range(data.num_users))
+
+
+def test_a_cap_keeps_the_newest_windows_and_few_targets_of_a_user():
+    data = small_split(users=20, longest=55)
+    capped = Builder(data, replace(BOTH, max_per_user=2), "films")
+    free = Builder(data, BOTH, "films")
+    for user in range(data.num_users):
+        assert list(capped.windows(user)) == list(free.windows(user))[-2:]
+    families = Counter((e.user, e.template.split(".")[0]) for e in capped.training_examples() if not e.dense)
+    assert max(families.values()) <= 2 * 2, (
+        "search and describe write under more than one name, no family more than twice"
+    )
+    assert capped.num_windows == capped.written["sequential"]
+
+
+def test_popular_negatives_are_popular():
+    data = small_split(users=60)
+    popularity = data.train_popularity
+    mean = {}
+    for kind in ("uniform", "popularity"):
+        made = Builder(data, replace(BOTH, rerank=3.0, negatives=kind), "films").training_examples()
+        shown = [i for e in made if e.task == "T3" for i in e.candidates if i != e.target]
+        mean[kind] = popularity[shown].mean()
+    assert mean["popularity"] > mean["uniform"]

@@ -19,6 +19,7 @@ from instructrec_jax.data.schema import SplitData
 from instructrec_jax.data.splits import split
 from instructrec_jax.errors import DataError
 from tests.datasets import raw_data, shared_data, table_config
+from tests.small_split import small_split
 
 
 def same(a: SplitData, b: SplitData) -> None:
@@ -148,3 +149,22 @@ def test_gini():
 def test_share_of_tied_last_timestamps_of_ml_100k():
     data = split(sources.read(table_config(shared_data("ml-100k")), "ml-100k"), SplitConfig())
     assert store.statistics(data)["tied_last_timestamp"] == pytest.approx(0.44, abs=0.01)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+@pytest.mark.parametrize("events", [1, 25, 10_000])
+def test_parts_of_a_stored_split_are_those_of_the_loaded_one(tmp_path, monkeypatch, rows, events):
+    monkeypatch.setattr(store, "_GROUP_ROWS", rows)
+    data = small_split()
+    data = replace(data, offsets=np.insert(data.offsets, 5, data.offsets[5]), user_ids=["nobody", *data.user_ids])
+    store.save_split(data, tmp_path)
+    stored = store.StoredSplit(tmp_path)
+    same(
+        replace(stored.frame, rating=None), replace(data.part(0, 0), tags=data.tags, steps=(), rating=None, users=None)
+    )
+    read, expected = list(stored.parts(events)), list(store.load_split(tmp_path).parts(events))
+    assert len(read) == len(expected) and (len(read) > 1) == (events < 10_000)
+    for a, b in zip(read, expected):
+        assert a.first_user == b.first_user
+        same(a, replace(b, steps=()))
+    assert sum(part.num_users for part in read) == data.num_users

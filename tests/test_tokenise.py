@@ -169,8 +169,8 @@ def test_any_example(text, parts, answer, data):
 @pytest.mark.parametrize(
     ("prompt", "items", "features", "message"),
     [
-        (f"{I}{I}", (1,), (), "more item slots in the text than the 1 items"),
-        (f"{F}", (), (), "more feature slots in the text than the 0 features"),
+        (f"{I}{I}", (1,), (), "1 items and 0 features, but slots for 2 and 0"),
+        (f"{F}", (), (), "0 items and 0 features, but slots for 0 and 1"),
         (f"{I}", (1, 2), (), "2 items and 0 features, but slots for 1 and 0"),
         ("none", (), (Feature(0, 1.0),), "0 items and 1 features, but slots for 0 and 0"),
     ],

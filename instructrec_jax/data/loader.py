@@ -32,11 +32,13 @@ from instructrec_jax.data.records import Records
 from instructrec_jax.data.tokenise import FIELDS, encode_example, truncate
 from instructrec_jax.data.tokenizer import Text
 from instructrec_jax.errors import ConfigError, DataError
+from instructrec_jax.instructions.example import InstructionExample
 
 Batch = dict[str, np.ndarray]
 BATCH_KEYS = (*FIELDS, "segment_ids", "positions")
 
 
+_READ = 64  # examples that are read at one time
 AHEAD = 8  # batches that are ready before they are asked for
 
 
@@ -56,9 +58,16 @@ class TokenisedRecords:
 
     def __getitem__(self, index: int) -> Int32[np.ndarray, "tokens fields"]:
         """One row per token, one column per field of ``FIELDS``; numbers that are not whole as their bits."""
-        if (kept := self._cache.get(index)) is not None:
-            return kept
-        arrays = truncate(encode_example(self._records[index], self._text), self._length, len(self._text.before))[0]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Int32[np.ndarray, "tokens fields"]]:
+        """Several tables at once, which is faster."""
+        missing = list(dict.fromkeys(index for index in indices if index not in self._cache))
+        made = {i: self._table(i, example) for i, example in zip(missing, self._records.__getitems__(missing))}
+        return [made[index] if index in made else self._cache[index] for index in indices]
+
+    def _table(self, index: int, example: InstructionExample) -> Int32[np.ndarray, "tokens fields"]:
+        arrays = truncate(encode_example(example, self._text), self._length, len(self._text.before))[0]
         table = np.stack([arrays[key].astype(kind, copy=False).view(np.int32) for key, kind in FIELDS.items()], axis=1)
         if table.nbytes <= self._room:
             self._room -= table.nbytes
@@ -290,8 +299,15 @@ def training_iterator(
     order: Any = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
     def make(remaining: Remaining, given: int) -> Iterator[tuple[Batch, int]]:
+        block: dict[int, np.ndarray] = {}  # of the place asked for and those after it
+
         def example(place: int) -> np.ndarray:
-            return source[cast(int, order[remaining[process_index + process_count * place]])]
+            if place not in block:
+                block.clear()
+                places = range(place, place + _READ)
+                numbers = [cast(int, order[remaining[process_index + process_count * p]]) for p in places]
+                block.update(zip(places, source.__getitems__(numbers), strict=True))
+            return block[place]
 
         while True:
             batch, given = packed(example, given, rows, sequence_length)

@@ -19,6 +19,7 @@ Arrow schema (``RawData``), column by column:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -109,6 +110,7 @@ class SplitData:
         default_factory=list
     )  # (user index or -1, item index, tag): training events only
     steps: tuple[Step, ...] = ()
+    first_user: int = 0  # of a part: the number of its user 0 in the whole, which keys and records are made of
 
     @property
     def num_users(self) -> int:
@@ -132,6 +134,27 @@ class SplitData:
             return self.item[start:stop][self.split[start:stop] == TRAIN]
         return self.item[start:end]
 
+    def part(self, first: int, last: int) -> SplitData:
+        """Users ``first`` to ``last`` (exclusive) as data of their own, without copies; tags and the users table stay with the whole."""
+        start, stop = int(self.offsets[first]), int(self.offsets[last])
+        return replace(
+            self,
+            user_ids=self.user_ids[first:last],
+            offsets=self.offsets[first : last + 1] - start,
+            item=self.item[start:stop],
+            split=self.split[start:stop],
+            time=None if self.time is None else self.time[start:stop],
+            rating=None if self.rating is None else self.rating[start:stop],
+            users=None,
+            tags=[],
+            first_user=self.first_user + first,
+        )
+
+    def parts(self, events: int) -> Iterator[SplitData]:
+        """All users in parts of about so many events; a user is in one part."""
+        for first, last in user_ranges(self.offsets, events):
+            yield self.part(first, last)
+
     def cases(self, split: int) -> Cases:
         """Every event of a split that has at least one event before it, as an evaluation case."""
         index = np.flatnonzero(self.split == split)
@@ -142,3 +165,14 @@ class SplitData:
     def train_popularity(self) -> Int[np.ndarray, " items"]:
         """Training interactions per item."""
         return np.bincount(self.item[self.split == TRAIN], minlength=self.num_items)
+
+
+def user_ranges(offsets: Int[np.ndarray, " users_plus_1"], events: int) -> list[tuple[int, int]]:
+    """(first, last + 1) of consecutive users with at least ``events`` events together, the end of the list aside."""
+    out, first = [], 0
+    while first < len(offsets) - 1:
+        last = min(int(np.searchsorted(offsets, offsets[first] + events)), len(offsets) - 1)
+        last = max(last, first + 1)
+        out.append((first, last))
+        first = last
+    return out

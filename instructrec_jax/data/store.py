@@ -22,7 +22,8 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from instructrec_jax.data.schema import SPLIT_NAMES, TRAIN, Catalogue, SplitData, Step
+from instructrec_jax.data.schema import SPLIT_NAMES, TRAIN, Catalogue, SplitData, Step, user_ranges
 from instructrec_jax.errors import DataError
 
 MANIFEST = "split.json"
 _FORMAT = 1
+_GROUP_ROWS = 1 << 17  # of a row group: the least that is read for a part of the users
 _AGAIN = "run `instructrec data prepare` again"
 
 
@@ -51,7 +53,7 @@ def save_split(data: SplitData, folder: str | Path) -> Path:
         for name, table in tables.items():
             sink = io.BytesIO()
             # Arrow calls a list's child "item"; the Parquet standard's "element" would come back as another type.
-            pq.write_table(table, sink, compression="zstd", use_compliant_nested_type=False)
+            pq.write_table(table, sink, compression="zstd", use_compliant_nested_type=False, row_group_size=_GROUP_ROWS)
             content = sink.getvalue()
             _write(temporary / name, content)
             files[name] = {"rows": table.num_rows, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -108,6 +110,72 @@ def load_split(folder: str | Path) -> SplitData:
             for s in body["steps"]
         ),
     )
+
+
+class StoredSplit:
+    """What ``save_split`` wrote, read a part of the users at a time; memory does not grow with the number of events.
+
+    Sums are not checked: ``load_split`` does that.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._folder = Path(folder)
+        tables = {n: pq.read_table(self._folder / f"{n}.parquet").combine_chunks() for n in ("users", "items", "tags")}
+        users, items, tags = tables["users"], tables["items"], tables["tags"]
+        self._user_ids = users["user_id"]
+        self.offsets = np.concatenate([[0], np.cumsum(users["events"].to_numpy())]).astype(np.int64)
+        self._events = pq.ParquetFile(self._folder / "events.parquet")
+        groups = [self._events.metadata.row_group(n).num_rows for n in range(self._events.num_row_groups)]
+        self._group_ends = np.cumsum(groups)
+        self._group: tuple[int, pa.Table] | None = None  # the last one read: the next part begins in it
+        columns = self._events.schema_arrow.names
+        nothing = np.zeros(0, np.float64)
+        #: The data set without users and events: catalogue and tags.
+        self.frame = SplitData(
+            name=json.loads((self._folder / MANIFEST).read_text("utf-8"))["name"],
+            user_ids=[],
+            catalogue=Catalogue(items["item_id"].to_pylist(), items["title"].to_pylist(), items),
+            offsets=np.zeros(1, np.int64),
+            item=np.zeros(0, np.int64),
+            split=np.zeros(0, np.int8),
+            rating=nothing if "rating" in columns else None,
+            tags=list(zip(tags["user"].to_pylist(), tags["item"].to_pylist(), tags["tag"].to_pylist())),
+        )
+        self._columns = [name for name in ("item", "split", "rating") if name in columns]
+
+    def part(self, first: int, last: int) -> SplitData:
+        """Users ``first`` to ``last`` (exclusive), as ``SplitData.part`` gives them, without times."""
+        start, stop = int(self.offsets[first]), int(self.offsets[last])
+        table = self._rows(start, stop)
+        return replace(
+            self.frame,
+            user_ids=self._user_ids[first:last].to_pylist(),
+            offsets=self.offsets[first : last + 1] - start,
+            item=table["item"].to_numpy(),
+            split=table["split"].to_numpy(),
+            rating=table["rating"].to_numpy() if "rating" in self._columns else None,
+            tags=[],
+            first_user=first,
+        )
+
+    def parts(self, events: int) -> Iterator[SplitData]:
+        """All users in parts of about so many events; a user is in one part."""
+        for first, last in self.ranges(events):
+            yield self.part(first, last)
+
+    def ranges(self, events: int) -> list[tuple[int, int]]:
+        """(first, last + 1) of the users of these parts."""
+        return user_ranges(self.offsets, events)
+
+    def _rows(self, start: int, stop: int) -> pa.Table:
+        first, last = np.searchsorted(self._group_ends, (start, max(start, stop - 1)), side="right")
+        found = []
+        for number in range(int(first), min(int(last), len(self._group_ends) - 1) + 1):
+            if self._group is None or self._group[0] != number:
+                self._group = number, self._events.read_row_group(number, columns=self._columns)
+            begun = int(self._group_ends[number]) - self._group[1].num_rows
+            found.append(self._group[1].slice(max(start - begun, 0), stop - max(start, begun)))
+        return pa.concat_tables(found) if found else self._events.schema_arrow.empty_table()
 
 
 def _tables(data: SplitData) -> dict[str, pa.Table]:

@@ -12,6 +12,7 @@ Every array has one entry per token; ``0`` in an index array means "none", so th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +24,7 @@ from instructrec_jax.instructions.example import (
     ITEM_SLOT,
     TITLE_CLOSE,
     TITLE_OPEN,
+    Feature,
     InstructionExample,
 )
 
@@ -49,81 +51,67 @@ def task_of(example: InstructionExample) -> str:
     return "search" if example.intention != "I0" else "sequential"
 
 
-def encode_part(text: Text, words: str, items: Sequence[int], features: Sequence, where: str) -> dict[str, np.ndarray]:
-    """Token arrays of a text with slots (no targets yet), and ``said``: 1 at the tokens of titles that are learnt."""
-    tokens: list[int] = []
-    item: list[int] = []
-    feature: list[int] = []
-    value: list[float] = []
-    said: list[int] = []
-    open_title = 0
-    used_items = used_features = 0
-    chunk_start = 0
+_PIECES = re.compile(
+    f"({ITEM_SLOT}+|{FEATURE_SLOT}+|{TITLE_OPEN}|{TITLE_CLOSE}|[^{ITEM_SLOT}{FEATURE_SLOT}{TITLE_OPEN}{TITLE_CLOSE}]+)"
+)
 
-    def words_until(end: int) -> None:
-        if end > chunk_start:
-            ids = text.encode(words[chunk_start:end])
-            tokens.extend(ids)
-            item.extend([0] * len(ids))
-            feature.extend([0] * len(ids))
-            value.extend([0.0] * len(ids))
-            said.extend([open_title] * len(ids))
 
-    for at, char in enumerate(words):
-        if char not in (ITEM_SLOT, FEATURE_SLOT, TITLE_OPEN, TITLE_CLOSE):
-            continue
-        words_until(at)
-        chunk_start = at + 1
-        if char in (TITLE_OPEN, TITLE_CLOSE):
-            open_title = int(char == TITLE_OPEN)
-            continue
-        said.append(0)
-        if char == ITEM_SLOT:
-            if used_items >= len(items):
-                raise DataError(f"{where}: more item slots in the text than the {len(items)} items given")
-            tokens.append(text.item)
-            item.append(items[used_items] + 1)
-            feature.append(0)
-            value.append(0.0)
-            used_items += 1
+def encode_part(
+    text: Text,
+    words: str,
+    items: Sequence[int],
+    features: Sequence[Feature],
+    where: str,
+    before: Sequence[int] = (),
+    after: Sequence[int] = (),
+) -> dict[str, np.ndarray]:
+    """Token arrays of a text with slots (no targets yet), and ``said``: 1 at the tokens of titles that are learnt.
+
+    The ids ``before`` and ``after`` stand around it.
+    """
+    tokens: list[int] = [*before]
+    item_at: list[int] = []
+    feature_at: list[int] = []
+    said: list[tuple[int, int]] = []
+    opened = 0
+    for piece in _PIECES.findall(words):
+        kind, start = piece[0], len(tokens)
+        if kind == ITEM_SLOT:
+            tokens.extend([text.item] * len(piece))
+            item_at.extend(range(start, len(tokens)))
+        elif kind == FEATURE_SLOT:
+            tokens.extend([text.feature] * len(piece))
+            feature_at.extend(range(start, len(tokens)))
+        elif kind == TITLE_OPEN:
+            opened = start
+        elif kind == TITLE_CLOSE:
+            said.append((opened, start))
         else:
-            if used_features >= len(features):
-                raise DataError(f"{where}: more feature slots in the text than the {len(features)} features given")
-            tokens.append(text.feature)
-            item.append(0)
-            feature.append(features[used_features].index + 1)
-            value.append(features[used_features].value)
-            used_features += 1
-    words_until(len(words))
-    if used_items != len(items) or used_features != len(features):
+            tokens.extend(text.encode(piece))
+    tokens.extend(after)
+    if len(item_at) != len(items) or len(feature_at) != len(features):
         raise DataError(
-            f"{where}: {len(items)} items and {len(features)} features, but slots for {used_items} and {used_features}"
+            f"{where}: {len(items)} items and {len(features)} features, but slots for {len(item_at)} and {len(feature_at)}"
         )
-    return {
-        "tokens": np.asarray(tokens, np.int32),
-        "item": np.asarray(item, np.int32),
-        "feature": np.asarray(feature, np.int32),
-        "feature_value": np.asarray(value, np.float32),
-        "said": np.asarray(said, np.int32),
-    }
-
-
-def _framed(part: dict[str, np.ndarray], text: Text) -> dict[str, np.ndarray]:
-    """A prompt with what the tokeniser or the chat template puts before and after it."""
-    out = {}
-    for key, value in part.items():
-        before, after = (
-            (text.before, text.after) if key == "tokens" else ((0,) * len(text.before), (0,) * len(text.after))
-        )
-        out[key] = np.concatenate([np.asarray(before, value.dtype), value, np.asarray(after, value.dtype)])
-    return out
+    arrays = {key: np.zeros(len(tokens), FIELDS[key]) for key in ("item", "feature", "feature_value")}
+    arrays = {"tokens": np.array(tokens, np.int32), **arrays, "said": np.zeros(len(tokens), np.int32)}
+    if item_at:
+        arrays["item"][item_at] = np.array(items, np.int32) + 1
+    if feature_at:
+        arrays["feature"][feature_at] = [f.index + 1 for f in features]
+        arrays["feature_value"][feature_at] = [f.value for f in features]
+    for start, end in said:
+        arrays["said"][start:end] = 1
+    return arrays
 
 
 def encode_prompt(example: InstructionExample, text: Text) -> dict[str, np.ndarray]:
     """``<bos>`` + prompt, or the prompt in its chat frame, without targets: what the scorer reads."""
-    part = encode_part(text, example.prompt, example.prompt_items, example.features, example.template)
+    part = encode_part(
+        text, example.prompt, example.prompt_items, example.features, example.template, text.before, text.after
+    )
     del part["said"]
-    return _framed(part, text)
+    return part
 
 
 def encode_answer(words: str, text: Text) -> list[int]:
@@ -138,20 +126,16 @@ def encode_example(example: InstructionExample, text: Text) -> dict[str, np.ndar
     on the target item at the last prompt position and, for dense examples, on every
     history item from ``dense_from`` at the position before it. An example without a text answer ends with its prompt.
     """
-    part = encode_part(text, example.prompt, example.prompt_items, example.features, example.template)
-    arrays = _framed(part, text)
+    arrays = encode_part(
+        text, example.prompt, example.prompt_items, example.features, example.template, text.before, text.after
+    )
     prompt_length = len(arrays["tokens"])
     if example.answer:
-        answer = encode_part(text, example.answer, example.answer_items, (), example.template)
+        answer = encode_part(text, example.answer, example.answer_items, (), example.template, after=text.end)
         answer["said"][:] = answer["item"] == 0  # soft tokens are predicted by the item head, not as words
-        end = np.asarray(text.end, np.int32)
-        ending = {k: np.zeros(len(end), v.dtype) for k, v in answer.items()} | {
-            "tokens": end,
-            "said": np.ones_like(end),
-        }
-        arrays = {k: np.concatenate([v, answer[k], ending[k]]) for k, v in arrays.items()}
-    following = np.append(np.where(arrays["said"] > 0, arrays["tokens"] + 1, 0)[1:], 0).astype(np.int32)
-    del arrays["said"]
+        arrays = {k: np.concatenate([v, answer[k]]) for k, v in arrays.items()}
+    said, following = arrays.pop("said"), np.zeros_like(arrays["tokens"])
+    following[:-1] = np.where(said > 0, arrays["tokens"] + 1, 0)[1:]
     if example.answer:
         # The last token is a target but not an input: its position would predict nothing.
         arrays, following = {k: v[:-1] for k, v in arrays.items()}, following[:-1]

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 PAD, BOS, EOS, ITEM, FEATURE, UNKNOWN = "<pad>", "<bos>", "<eos>", "<item>", "<feature>", "<unk>"
 SPECIAL = (PAD, BOS, EOS, ITEM, FEATURE, UNKNOWN)  # ids 0..5: padding is 0, so a target of 0 means "nothing to predict"
+
+_SHORT, _KNOWN = 160, 1 << 16  # characters of a text whose ids are kept, and how many texts
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,18 @@ class Text:
     before: tuple[int, ...] = (1,)  # a prompt starts with these: <bos>, or the head of a chat template
     after: tuple[int, ...] = ()  # and ends with these: where the assistant's turn begins
     end: tuple[int, ...] = (2,)  # an answer ends with these
+    _known: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        if len(text) > _SHORT:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._known.get(text)  # templates and wishes say the same again and again
+        if ids is None:
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            ids = self._known[text] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return list(ids)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of many texts at once (parallel inside the tokeniser)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from copy import copy as copy_of
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from instructrec_jax.instructions.negatives import sample_negatives
 from instructrec_jax.instructions.packs import Domain
 from instructrec_jax.instructions.prompts import KINDS, Features, NothingToSay, Prompter
 from instructrec_jax.instructions.render import ItemsAs, Slots
+from instructrec_jax.instructions.targets import Parts, Plan, Stage, targets, with_limits
 
 __all__ = ["FAMILIES", "KINDS", "Builder", "NothingToSay"]
 
@@ -82,8 +84,46 @@ class Builder(Prompter):
         self.skipped: Counter[str] = Counter()
         self._shares: dict[tuple[str, str, bool], dict[tuple[str, str], float]] = {}
 
-    def training_examples(self) -> Iterator[InstructionExample]:
-        """All training examples, family by family; the same stream on every call.
+    def over(self, part: SplitData) -> Builder:
+        """The same builder for a part of the users. What it writes is counted here too."""
+        if part is self.data:
+            return self
+        other = copy_of(self)
+        other.data, other.words = part, self.words.over(part)
+        other.train_count = _train_count(part)
+        if features := self.features:
+            shift = part.first_user - self.data.first_user
+            other.features = lambda user: features(shift + user)
+        return other
+
+    def plan(self, parts: Parts | None = None) -> Plan:
+        """The stages of the training stream of all ``parts`` (default: this data). Reads the events twice."""
+        parts = parts or self._whole
+        windows, popularity = 0, np.zeros(self.data.num_items, np.int64)
+        pool = [0, 0]
+        for part in parts():
+            count = _train_count(part)
+            windows += self._num_windows(count)
+            popularity += part.train_popularity
+            pool[0] += int(count.sum())
+            pool[1] += int(np.maximum(count - 1, 0).sum())
+        sized: list[tuple[Stage, int]] = []
+        for family, (number, _, _) in FAMILIES.items():
+            first = 0 if family == "profile" else 1
+            left, turn = round(getattr(self.config, family) * windows), 0
+            if not any(self.shares(family, language, features=True) for language in self.config.languages):
+                continue
+            while left > 0 and pool[first]:
+                sized.append((Stage(family, number, first, turn), min(left, pool[first])))
+                left, turn = left - pool[first], turn + 1
+        stages = with_limits(sized, parts, self.config.seed, pool)
+        return Plan((Stage("sequential", _SEQUENTIAL, 0), *stages), windows, popularity)
+
+    def _whole(self) -> tuple[SplitData]:
+        return (self.data,)
+
+    def training_examples(self, parts: Parts | None = None) -> Iterator[InstructionExample]:
+        """All training examples, family by family; the same stream on every call, whatever the ``parts`` (default: this data).
 
         Only events of the training split are read. Sequential windows are ``dense``: the prompt is the whole window,
         and item k is to be predicted from the position before it for every k >= ``dense_from``. Over a user's windows
@@ -96,27 +136,41 @@ class Builder(Prompter):
             ConfigError: the catalogue is too small for ``candidates``.
         """
         self.written, self.skipped = Counter(), Counter()
-        yield from self._sequential()
-        windows = self.num_windows
-        for family in FAMILIES:
-            yield from self._family(family, round(getattr(self.config, family) * windows))
+        parts = parts or self._whole
+        plan = self.plan(parts)
+        for stage in plan.stages:
+            for part in parts():
+                yield from self.over(part).stage(stage, plan)
+
+    def stage(self, stage: Stage, plan: Plan) -> Iterator[InstructionExample]:
+        """What this data, a part of what was planned, adds to a stage of the stream."""
+        return self._sequential() if stage.family == "sequential" else self._family(stage, plan)
 
     @property
     def num_windows(self) -> int:
         """Sequential windows of all users (each is rendered ``copies`` times)."""
+        return self._num_windows(self.train_count)
+
+    def _num_windows(self, train_count: Int[np.ndarray, " users"]) -> int:
         length, stride = self.config.history_items, max(1, self.config.history_items // 2)
-        beyond = np.maximum(self.train_count - length, 0)
-        return int((self.train_count > 0).sum() + np.ceil(beyond / stride).sum())
+        windows = (train_count > 0) + -(-np.maximum(train_count - length, 0) // stride)
+        most = self.config.max_per_user
+        return int((np.minimum(windows, most) if most else windows).sum())
 
     def windows(self, user: int) -> Iterator[tuple[int, int, int]]:
-        """(first, end, dense_from) of a user's windows: places among the user's events, and the first new one in it."""
+        """(first, end, dense_from) of a user's windows: places among the user's events, and the first new one in it.
+
+        Of more than ``max_per_user`` windows the newest are kept.
+        """
         length, stride = self.config.history_items, max(1, self.config.history_items // 2)
         count, done = int(self.train_count[user]), 0
+        found: list[tuple[int, int, int]] = []
         while done < count:
             end = min(done + stride if done else length, count)
             first = max(0, end - length)
-            yield first, end, done - first
+            found.append((first, end, done - first))
             done = end
+        yield from found[-self.config.max_per_user :]
 
     # ------------------------------------------------------------------------------------------------------- sequential
 
@@ -136,7 +190,7 @@ class Builder(Prompter):
                 if not items:
                     self.skipped["sequential: one item has no history"] += 1
                     continue
-                number = key(self.config.seed, _SEQUENTIAL, user, first)
+                number = key(self.config.seed, _SEQUENTIAL, self.data.first_user + user, first)
                 for copy in range(self.config.copies):
                     group = groups[(number + copy) % len(groups)]
                     wording = group[(mix(number) + copy // len(groups)) % len(group)]
@@ -175,23 +229,30 @@ class Builder(Prompter):
             self._shares[name] = {option: share / total for option, share in kept.items()}
         return self._shares[name]
 
-    def _family(self, family: str, count: int) -> Iterator[InstructionExample]:
-        number, kind, _ = FAMILIES[family]
-        if not any(self.shares(family, language, features=True) for language in self.config.languages):
-            return
-        for ends in self._targets(number, count, first=0 if family == "profile" else 1):
+    def _family(self, stage: Stage, plan: Plan) -> Iterator[InstructionExample]:
+        family, kind = stage.family, FAMILIES[stage.family].kind
+        popularity = plan.popularity if self.config.negatives == "popularity" else None
+        chosen = targets(self.config.seed, stage, self.data, self.config.max_per_user)
+        for ends in (chosen[at : at + _CHUNK] for at in range(0, len(chosen), _CHUNK)):
             users = self.data.user[ends]
-            numbers: list[int] = keys(self.config.seed, number, users, ends - self.data.offsets[users]).tolist()
+            people = users + self.data.first_user
+            numbers: list[int] = keys(self.config.seed, stage.number, people, ends - self.data.offsets[users]).tolist()
             shown: list[tuple[int, ...]] = [()] * len(ends)
             if kind in ("rerank", "pairwise", "pointwise"):
                 seen = [self._training_items(user) for user in users.tolist()]
                 if kind == "pointwise":
                     other = sample_negatives(
-                        self.data.num_items, seen, 1, seed=self.config.seed, user=users, target=self.data.item[ends]
+                        self.data.num_items,
+                        seen,
+                        1,
+                        seed=self.config.seed,
+                        user=people,
+                        target=self.data.item[ends],
+                        popularity=popularity,
                     )
                     shown = [tuple(row) for row in other.tolist()]
                 else:
-                    shown = self.candidates(ends, seen, self.shown("T3" if kind == "rerank" else "T1"))
+                    shown = self.candidates(ends, seen, self.shown("T3" if kind == "rerank" else "T1"), popularity)
             for end, user, place, candidates in zip(ends.tolist(), users.tolist(), numbers, shown, strict=True):
                 made = self._one(family, user, end, place, candidates)
                 if made is None:
@@ -232,23 +293,13 @@ class Builder(Prompter):
                 return self.example(template, slots, user=user, target=aim, about_user=True)
         return None
 
-    def _targets(self, code: int, count: int, *, first: int) -> Iterator[Int[np.ndarray, " chunk"]]:
-        """``count`` training events in chunks, each user's first ``first`` left out: those with the smallest keys;
-        every event once before any comes twice."""
-        ordinal = np.arange(len(self.data.item)) - self.data.offsets[self.data.user]
-        pool = np.flatnonzero((self.data.split == TRAIN) & (ordinal >= first))
-        turn = 0
-        while count > 0 and len(pool):
-            take = min(count, len(pool))
-            order = np.argsort(keys(self.config.seed, code, turn, self.data.user[pool], ordinal[pool]), kind="stable")
-            chosen = np.sort(pool[order[:take]])
-            for at in range(0, take, _CHUNK):
-                yield chosen[at : at + _CHUNK]
-            count, turn = count - take, turn + 1
-
     def _training_items(self, user: int) -> Int[np.ndarray, " n"]:
         start = int(self.data.offsets[user])
         return self.data.item[start : start + int(self.train_count[user])]
+
+
+def _train_count(data: SplitData) -> Int[np.ndarray, " users"]:
+    return np.bincount(data.user[data.split == TRAIN], minlength=data.num_users)
 
 
 def _by_share(shares: dict[tuple[str, str], float], at: float) -> tuple[str, str]:

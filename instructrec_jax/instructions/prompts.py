@@ -278,7 +278,7 @@ class Prompter:
             intention=template.intention,
             task=template.task,
             metric=template.metric,
-            user=user,
+            user=user if user < 0 else self.data.first_user + user,
             prompt=text.prompt,
             prompt_items=text.prompt_items,
             answer=text.answer,
@@ -335,15 +335,29 @@ class Prompter:
         return {"T1": 2, "T3": self.config.candidates}.get(task, 0)
 
     def candidates(
-        self, ends: Int[np.ndarray, " cases"], exclude: Sequence[Int[np.ndarray, " seen"]], n: int
+        self,
+        ends: Int[np.ndarray, " cases"],
+        exclude: Sequence[Int[np.ndarray, " seen"]],
+        n: int,
+        popularity: Int[np.ndarray, " items"] | None = None,
     ) -> list[tuple[int, ...]]:
-        """The targets at events ``ends`` among n − 1 frozen negatives, in an order that has nothing to do with the target."""
+        """The targets at events ``ends`` among n − 1 frozen negatives, in an order that has nothing to do with the target.
+
+        Negatives are uniform, or by ``popularity`` (counts).
+        """
         users, targets = self.data.user[ends], self.data.item[ends]
+        ordinals = ends - self.data.offsets[users]
+        users = users + self.data.first_user
         negatives = sample_negatives(
-            self.data.num_items, exclude, n - 1, seed=self.config.seed, user=users, target=targets
+            self.data.num_items,
+            exclude,
+            n - 1,
+            seed=self.config.seed,
+            user=users,
+            target=targets,
+            popularity=popularity,
         )
         shown = np.concatenate([targets[:, None], negatives], axis=1)
-        ordinals = ends - self.data.offsets[users]
         order = np.argsort(
             keys(self.config.seed, _ORDER_SALT, users[:, None], ordinals[:, None], np.arange(n)), axis=1, kind="stable"
         )

@@ -6,9 +6,12 @@ target shows in the wording beyond what the template declares.
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 
@@ -29,10 +32,18 @@ class Words:
     def __init__(self, data: SplitData, domain: Domain, seed: int = 0, *, history_items: int = 64):
         self._data, self.domain, self._seed, self._length = data, domain, seed, history_items
         self.facets = Facets(data.catalogue, domain)
+        self._damping: dict[str, float] = {}
 
     @cached_property
     def _tags(self) -> tuple[dict[int, list[str]], dict[tuple[int, int], list[str]]]:
         return self.facets.tags(self._data.tags)
+
+    def over(self, part: SplitData) -> Self:
+        """The same words for a part of the users; what the catalogue and everybody's tags say is not worked out again."""
+        _ = self._tags
+        other = copy.copy(self)
+        other._data = part
+        return other
 
     def preference(self, user: int, end: int, language: str) -> str | None:
         """P2: a sentence on the taste that the user's events before index ``end`` show; None if nothing can be said.
@@ -49,7 +60,8 @@ class Words:
             if len(known):  # an unknown rating compares as not below
                 weight = np.where(rating < known.mean(), weight * _DISLIKED, weight)
         weights: list[float] = weight.tolist()
-        number = mix(key(self._seed, user, end - int(self._data.offsets[user])))
+        person = self._data.first_user + user
+        number = mix(key(self._seed, person, end - int(self._data.offsets[user])))
         phrases, facets = load_phrases(language), self.facets
 
         what = ""
@@ -67,7 +79,7 @@ class Words:
                 break
 
         own = self._tags[1]
-        tags = dict.fromkeys(t for i in reversed(items) for t in own.get((user, i), ()))
+        tags = dict.fromkeys(t for i in reversed(items) for t in own.get((person, i), ()))
         said = self._join([self._quoted(t, language) for t in list(tags)[:2]], language)
         if not what:
             return self._fill(phrases.one["taste_tags_only"], language, tags=said) if said else None
@@ -88,7 +100,7 @@ class Words:
         the domain's constraints say of it (at most 3).
         ``ordinal`` is the place of the target among the user's events (0-based).
         """
-        number = mix(key(self._seed, user, ordinal, int(level[1])))
+        number = mix(key(self._seed, self._data.first_user + user, ordinal, int(level[1])))
         phrases, facets = load_phrases(language), self.facets
         if level == "I1":
             frame_key = mix(number)
@@ -138,18 +150,24 @@ class Words:
 
     def _top(self, facets: Iterable[Sequence[str]], weights: Sequence[float], n: int, *, often: bool) -> list[str]:
         """The ``n`` heaviest facets, damped by how common they are in the catalogue; ``often``: twice if any is."""
+        facets = list(facets)
         total: dict[str, float] = {}
-        times: Counter[str] = Counter()
         for values, weight in zip(facets, weights):
             for value in values:
                 total[value] = total.get(value, 0.0) + weight
-                times[value] += 1
-        if often and any(t > 1 for t in times.values()):
-            total = {v: w for v, w in total.items() if times[v] > 1}
-        common = self.facets.document_frequency
-        score = {v: w / max(common[v.lower()], 1) ** 0.25 for v, w in total.items()}
+        if often:
+            times = Counter(itertools.chain.from_iterable(facets))
+            if any(t > 1 for t in times.values()):
+                total = {v: w for v, w in total.items() if times[v] > 1}
+        damping = self._damping
+        score = {v: w / (damping.get(v) or self._damp(v)) for v, w in total.items()}
         best = sorted(score, key=lambda v: (-score[v], v))[:n]
         return [v for v in best if score[v] >= 0.3 * score[best[0]]]
+
+    def _damp(self, facet: str) -> float:
+        found = max(self.facets.document_frequency[facet.lower()], 1) ** 0.25
+        self._damping[facet] = found
+        return found
 
     def _decade(self, items: Sequence[int], weights: Sequence[float]) -> int:
         total: dict[int, float] = {}

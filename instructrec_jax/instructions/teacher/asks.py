@@ -6,6 +6,7 @@ say of the item. No user id, and nothing of the target or of later events, is ev
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -100,6 +101,12 @@ class Evidences:
             and not f.name.endswith(("_id", "_path", "_url"))
         }
 
+    def over(self, part: SplitData) -> Evidences:
+        """The same for a part of the users."""
+        other = copy.copy(self)
+        other.data = part
+        return other
+
     def of(self, ask: Ask) -> Evidence | None:
         """The evidence; None if the data has nothing to show."""
         if ask.kind == "preference":
@@ -119,7 +126,7 @@ class Evidences:
                 line += f" ({', '.join(labels)})"
             if self.data.rating is not None and np.isfinite(self.data.rating[event]):
                 line += f", rated {self.data.rating[event]:g}"
-            if tags := self.own_tags.get((user, item)):
+            if tags := self.own_tags.get((self.data.first_user + user, item)):
                 line += f", tagged {', '.join(tags[:3])}"
             lines.append(line)
         return self._evidence("preference", language, lines, items)

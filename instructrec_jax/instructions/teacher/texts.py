@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -103,6 +104,12 @@ class TaughtWords(Words):
         self._kinds = {(t.kind, t.language) for t in texts}
         self._evidences = Evidences(data, rules.facets, rules.domain, shown)
         self.counts: Counter[str] = Counter()
+
+    def over(self, part: SplitData) -> Self:
+        """As the rules; the counts go on together."""
+        other = super().over(part)
+        other._evidences = self._evidences.over(part)
+        return other
 
     def preference(self, user: int, end: int, language: str) -> str | None:
         """The teacher's sentence for this very history, else the rules'."""

@@ -1,0 +1,208 @@
+"""Serialised records in an order by hash, cut into ArrayRecord shards: the same files from any engine.
+
+The order and the cuts are those of TFDS's own writer: a record's place is the MD5 of its number in the stream, salted with the name
+of the split, and n records in s shards are cut at ``round(n i / s)``. A record is a ``tf.train.Example``, fields in sorted order.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from instructrec_jax.instructions.example import Feature, InstructionExample
+
+NAME, VERSION, SPLIT = "instructions", "1.0.0", "train"
+_SAME = ("template", "language", "preference", "intention", "task", "metric")
+WORDS = (*_SAME, "prompt", "answer")
+ITEMS = ("prompt_items", "answer_items", "candidates")
+NUMBERS = ("user", "target", "dense", "dense_from")
+_HEAD = struct.Struct("=16sI")  # of a record on its way: place, bytes
+_BUFFER = 1 << 16  # bytes gathered for each bucket before they are written
+
+
+# -------------------------------------------------------------------------------------------------------------- records
+
+
+def serialise(example: InstructionExample) -> bytes:
+    """The example as TFDS would write it."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    record = tf_example_pb2.Example()
+    record.CopyFrom(_of_template(*[getattr(example, name) for name in _SAME]))
+    feature = record.features.feature
+    feature["prompt"].bytes_list.value.append(example.prompt.encode())
+    feature["answer"].bytes_list.value.append(example.answer.encode())
+    for name in NUMBERS:
+        feature[name].int64_list.value.append(int(getattr(example, name)))
+    for name in ITEMS:
+        if values := getattr(example, name):
+            feature[name].int64_list.value.extend(values)
+    if example.features:
+        feature["feature_index"].int64_list.value.extend([f.index for f in example.features])
+        feature["feature_value"].float_list.value.extend([f.value for f in example.features])
+    return record.SerializeToString(deterministic=True)
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_template(*words: str) -> Any:
+    """What the examples of a template have in common, with the lists empty, but of their kind."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    record = tf_example_pb2.Example()
+    feature = record.features.feature
+    for name, value in zip(_SAME, words, strict=True):
+        feature[name].bytes_list.value.append(value.encode())
+    for name in (*ITEMS, "feature_index"):
+        feature[name].int64_list.SetInParent()
+    feature["feature_value"].float_list.SetInParent()
+    return record
+
+
+def parse(record: bytes) -> InstructionExample:
+    """The inverse of ``serialise``."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    feature = tf_example_pb2.Example.FromString(record).features.feature
+    number: dict[str, int] = {name: feature[name].int64_list.value[0] for name in NUMBERS}
+    words: dict[str, Any] = {name: feature[name].bytes_list.value[0].decode() for name in WORDS}
+    items: dict[str, Any] = {name: tuple(feature[name].int64_list.value) for name in ITEMS}
+    index, value = feature["feature_index"].int64_list.value, feature["feature_value"].float_list.value
+    return InstructionExample(
+        **words,
+        **items,
+        features=tuple(map(Feature, index, value)),
+        user=number["user"],
+        target=number["target"],
+        dense=bool(number["dense"]),
+        dense_from=number["dense_from"],
+    )
+
+
+def aspects(example: InstructionExample) -> str:
+    """What the manifest counts records by."""
+    return f"{example.preference},{example.intention},{example.task}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- order
+
+
+@functools.cache
+def _hasher() -> Callable[[int], int]:
+    from tensorflow_datasets.core import hashing
+
+    return hashing.Hasher(SPLIT).hash_key
+
+
+def place(number: int) -> bytes:
+    """16 bytes that sort records as TFDS does, of a record's number in the stream."""
+    return _hasher()(number).to_bytes(16, "big")
+
+
+def bucket(at: bytes, buckets: int) -> int:
+    """The bucket of a place, 0..buckets-1; buckets are in the order of places."""
+    return int.from_bytes(at[:8], "big") * buckets >> 64
+
+
+def cuts(records: int, shards: int) -> list[int]:
+    """Where each shard ends, among ``records`` in their order."""
+    return [round(records * shard / shards) for shard in range(1, shards + 1)]
+
+
+class Sorter:
+    """Records by place, in files of one bucket each, one of which is sorted in memory at a time."""
+
+    def __init__(self, folder: Path, buckets: int):
+        self._files = [folder / f"bucket-{n}" for n in range(buckets)]
+        self._waiting = [bytearray() for _ in range(buckets)]
+        self.records = 0
+
+    def add(self, at: bytes, record: bytes) -> None:
+        """Take a record."""
+        number = bucket(at, len(self._files))
+        waiting = self._waiting[number]
+        waiting += _HEAD.pack(at, len(record)) + record
+        self.records += 1
+        if len(waiting) > _BUFFER:
+            self._flush(number)
+
+    def _flush(self, number: int) -> None:
+        with self._files[number].open("ab") as file:
+            file.write(self._waiting[number])
+        self._waiting[number].clear()
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The records in order; each can be read once."""
+        for number, file in enumerate(self._files):
+            self._flush(number)
+            content = memoryview(file.read_bytes())
+            file.unlink()
+            found, start = [], 0
+            while start < len(content):
+                at, size = _HEAD.unpack_from(content, start)
+                start += _HEAD.size
+                found.append((at, start, size))
+                start += size
+            found.sort()
+            for _, start, size in found:
+                yield bytes(content[start : start + size])
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def shard_name(shard: int, shards: int) -> str:
+    """The file name of a shard, as TFDS looks for it."""
+    return f"{NAME}-{SPLIT}.array_record-{shard:05d}-of-{shards:05d}"
+
+
+def write_shard(file: Path, records: Iterable[bytes]) -> tuple[int, int]:
+    """Write a shard, which is there when it is complete; gives the number of records and their bytes."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    fresh = file.with_name(f".{file.name}.{uuid4().hex}")  # workers may try the same shard at one time
+    writer = ArrayRecordWriter(str(fresh), "group_size:1")
+    count = size = 0
+    try:
+        for record in records:
+            writer.write(record)
+            count, size = count + 1, size + len(record)
+        writer.close()
+        fresh.replace(file)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return count, size
+
+
+def write_description(folder: Path, lengths: list[int], size: int) -> dict[str, Any]:
+    """Write what TFDS reads beside the shards: features and number of records of each; gives the features as JSON values."""
+    import tensorflow_datasets as tfds
+    from etils import epath
+
+    ints = tfds.features.Tensor(shape=(None,), dtype=np.int32)
+    features: dict[str, Any] = {
+        **dict.fromkeys(WORDS, tfds.features.Text()),
+        **dict.fromkeys((*ITEMS, "feature_index"), ints),
+        "feature_value": tfds.features.Tensor(shape=(None,), dtype=np.float32),
+        **dict.fromkeys(NUMBERS, np.int32),
+    }
+    template: Any = tfds.core.ShardedFileTemplate(
+        data_dir=epath.Path(folder), dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
+    )
+    info = tfds.core.SplitInfo(name=SPLIT, shard_lengths=lengths, num_bytes=size, filename_template=template)
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features,
+        split_infos=[info],
+        version=VERSION,
+        filename_template=template,
+        check_data=False,
+        description="Instruction examples rendered from logs and a catalogue.",
+    )
+    return json.loads((folder / "features.json").read_text())

@@ -1,0 +1,111 @@
+"""Which events a family of instructions takes as targets: those with the smallest keys among all training events.
+
+The key of the last one taken is found by counting, in one pass over the events. From then on every event decides by itself, so that
+parts of the data give, each alone, what the whole gives; memory does not grow with the number of events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt64
+
+from instructrec_jax.data.schema import TRAIN, SplitData
+from instructrec_jax.instructions.keyed import keys
+
+Parts = Callable[[], Iterable[SplitData]]  # the users of a data set, part by part; the same on every call
+
+_ALL = (1 << 64) - 1
+_CHUNK = 1 << 18  # events whose keys exist at one time
+_SPREAD = 8.0  # standard deviations that the key of the last target may lie from where uniform keys put it
+
+
+class Stage(NamedTuple):
+    """A stretch of the training stream: one family, each event at most once."""
+
+    family: str  # "sequential", or a family's name
+    number: int  # of the family's keys
+    first: int  # places of a user's events that are left out at the beginning
+    turn: int = 0  # how many times every event was taken before
+    limit: int = _ALL  # events with keys up to this one are targets
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all parts of a data set have in common."""
+
+    stages: tuple[Stage, ...]  # in the order of the stream
+    windows: int  # sequential windows of all users
+    popularity: Int[np.ndarray, " items"]  # training events per item
+
+
+def stage_keys(
+    seed: int, stage: Stage, part: SplitData
+) -> Iterator[tuple[Int[np.ndarray, " n"], UInt64[np.ndarray, " n"]]]:
+    """(event indices, their keys) of the events of a part that a stage may take, in chunks."""
+    for start in range(0, len(part.item), _CHUNK):
+        stop = min(start + _CHUNK, len(part.item))
+        event = np.arange(start, stop)
+        user = np.searchsorted(part.offsets, event, side="right") - 1
+        ordinal = event - part.offsets[user]
+        pool = (part.split[start:stop] == TRAIN) & (ordinal >= stage.first)
+        event, user, ordinal = event[pool], user[pool], ordinal[pool]
+        yield event, keys(seed, stage.number, stage.turn, user + part.first_user, ordinal)
+
+
+def targets(seed: int, stage: Stage, part: SplitData, most: int = 0) -> Int[np.ndarray, " targets"]:
+    """The events of a part that a stage takes, ascending; of a user at most those ``most`` with the smallest keys (0 = all)."""
+    found: list[np.ndarray] = []
+    found_keys: list[np.ndarray] = []
+    for event, key in stage_keys(seed, stage, part):
+        taken = key <= np.uint64(stage.limit)
+        found.append(event[taken])
+        found_keys.append(key[taken])
+    event = np.concatenate(found) if found else np.zeros(0, np.int64)
+    if not most or not len(event):
+        return event
+    user = np.searchsorted(part.offsets, event, side="right") - 1
+    order = np.lexsort((np.concatenate(found_keys), user))
+    start = np.searchsorted(user, user)  # events are ascending, so users are
+    return np.sort(event[order][np.arange(len(event)) - start < most])
+
+
+def with_limits(stages: Sequence[tuple[Stage, int]], parts: Parts, seed: int, pool: Sequence[int]) -> list[Stage]:
+    """The stages, each with the key that makes it take as many events as given (at least 1).
+
+    Args:
+        stages: (stage, number of events).
+        parts: the users.
+        seed: of the keys.
+        pool: events that a stage with ``first`` 0, and one with ``first`` 1, may choose from.
+    """
+    limits: dict[Stage, int] = {stage: _ALL for stage, count in stages if count >= pool[stage.first]}
+    open_stages = {stage: count for stage, count in stages if stage not in limits}
+    spread = _SPREAD
+    while open_stages:
+        between = {stage: _bounds(count, pool[stage.first], spread) for stage, count in open_stages.items()}
+        below = dict.fromkeys(open_stages, 0)
+        near: dict[Stage, list[np.ndarray]] = {stage: [] for stage in open_stages}
+        for part in parts():
+            for stage, (low, high) in between.items():
+                for _, key in stage_keys(seed, stage, part):
+                    below[stage] += int((key < low).sum())
+                    near[stage].append(key[(key >= low) & (key <= high)])
+        for stage, count in list(open_stages.items()):
+            found, place = np.sort(np.concatenate(near[stage])), count - below[stage] - 1
+            if 0 <= place < len(found):
+                limits[stage] = int(found[place])
+                del open_stages[stage]
+        spread *= 8  # keys that are no random numbers to speak of; in the end every key lies between the bounds
+    return [stage._replace(limit=limits[stage]) for stage, _ in stages]
+
+
+def _bounds(count: int, pool: int, spread: float) -> tuple[np.uint64, np.uint64]:
+    """Keys between which the ``count``-th smallest of ``pool`` uniform keys lies."""
+    share = count / pool
+    width = spread * ((share * (1 - share) / pool) ** 0.5 + 1 / pool)
+    low, high = (int(min(max(at, 0.0), 1.0) * 2**64) for at in (share - width, share + width))
+    return np.uint64(min(low, _ALL)), np.uint64(min(high, _ALL))

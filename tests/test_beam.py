@@ -1,0 +1,160 @@
+"""Beam writes the bytes that the local engine writes: any number of workers, any parts, bundles that fail or run twice."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from instructrec_jax import prepare
+from instructrec_jax.cli import cli
+from instructrec_jax.config import Config, DataConfig, InstructionConfig
+from instructrec_jax.data import records, store
+from instructrec_jax.data.features import UserFeatures
+from instructrec_jax.errors import ConfigError, DataError, UserError
+from instructrec_jax.files import sha256
+from instructrec_jax.instructions.build import FAMILIES
+from tests.small_split import small_split
+
+beam = pytest.importorskip("apache_beam", reason="needs the extra beam")
+
+from instructrec_jax import beam_engine  # noqa: E402
+
+CONFIG = Config(
+    name="small",
+    data=DataConfig(domain="films"),
+    instructions=InstructionConfig(
+        languages=("en", "zh"), history_items=8, short_history_items=5, candidates=5, shard_records=150,
+        **dict.fromkeys(FAMILIES, 0.7), negatives="popularity", max_per_user=6,
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A prepared folder without records, and what the local engine makes of it in ``expected``."""
+    folder = tmp_path_factory.mktemp("beam")
+    data = small_split(users=40)
+    store.save_split(data, folder / "data")
+    value = np.linspace(-1, 1, data.num_users, dtype=np.float32)[:, None]
+    users = UserFeatures(["age"], np.where(value > 0, 0, -1), value)
+    np.savez(folder / "user_features.npz", names=np.asarray(users.names, str), index=users.index, value=users.value)
+    builder = prepare.builder_of(data, users, CONFIG, folder)
+    examples = prepare._Examples(builder, CONFIG, None)
+    records.write(
+        examples,
+        folder / "expected",
+        config_hash=CONFIG.data_hash(),
+        seed=0,
+        shard_records=CONFIG.instructions.shard_records,
+    )
+    (folder / "counts.json").write_text(json.dumps([builder.written, builder.skipped]))
+    return folder
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def assert_same(folder: Path, *options: str, **settings) -> None:
+    manifest, counts = beam_engine.write(folder, CONFIG, options, **settings)
+    assert sums(folder / "records") == sums(folder / "expected")
+    assert manifest == records.verify(folder / "records") and len(manifest["shards"]) > 3
+    assert [counts["written"], counts["skipped"]] == json.loads((folder / "counts.json").read_text())
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_workers_give_the_same_bytes(folder, workers):
+    running = ("--direct_running_mode", "multi_threading") if workers > 1 else ()
+    assert_same(folder, "--direct_num_workers", str(workers), *running, part_events=100)
+
+
+@pytest.mark.parametrize("part_events", [1, 10_000])
+def test_parts_change_no_byte(folder, part_events):
+    assert_same(folder, part_events=part_events)
+
+
+def test_bundles_that_run_twice_change_no_byte(folder):
+    assert_same(folder, "--direct_runner_bundle_repeat", "1", part_events=200)
+
+
+def test_workers_that_fail_change_no_byte(folder, monkeypatch, tmp_path):
+    """The first three attempts of each step break off after they have given a part of what they give; Beam gives up after four."""
+    failed = []
+    for step in (beam_engine.Render, beam_engine.Number, beam_engine.Rank, beam_engine.Write):
+        monkeypatch.setattr(step, "process", _failing(step.process, step.__name__, failed))
+    assert_same(folder, "--runner", "BundleBasedDirectRunner", part_events=200)
+    assert sorted(failed) == sorted(["Render", "Number", "Rank", "Write"] * 3)
+
+
+def _failing(process, name, failed):
+    def attempt(self, element, *args):
+        given = process(self, element, *args)
+        if failed.count(name) < 3:
+            yield from itertools.islice(given, 2)
+            failed.append(name)
+            raise OSError("the worker is gone")
+        yield from given
+
+    return attempt
+
+
+def test_a_pipeline_that_fails_leaves_the_older_records(folder, monkeypatch):
+    assert_same(folder)
+
+    def broken(self, element, *args):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(beam_engine.Write, "process", broken)
+    with pytest.raises(Exception, match="the disk is full"):
+        beam_engine.write(folder, CONFIG)
+    assert sums(folder / "records") == sums(folder / "expected")
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"shard_records": 1, "languages": ("zh",)}, ConfigError, "shard_records = 1 asks for"),
+        (
+            {**dict.fromkeys(FAMILIES, 0.0), "families": ("search",), "shard_records": 9999},
+            DataError,
+            "no instruction example",
+        ),
+    ],
+)
+def test_errors_are_those_of_the_local_engine(folder, change, error, message):
+    config = replace(CONFIG, instructions=replace(CONFIG.instructions, **change))
+    with pytest.raises(error, match=message):
+        beam_engine.write(folder, config)
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def prepared(tmp_path: Path, engine: str, *words: str) -> dict[str, str]:
+    args = ["data", "prepare", "configs/ml_latest_small.yaml", "--prepared", str(tmp_path / engine), "--engine", engine]
+    done = CliRunner().invoke(cli, [*args, *words])
+    assert done.exit_code == 0, done.output
+    return sums(tmp_path / engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_the_command_prepares_the_embedded_set_alike(tmp_path, workers):
+    options = ("--beam.direct_num_workers", str(workers))
+    if workers > 1:
+        options += ("--beam.direct_running_mode", "multi_processing")
+    few = ("--instructions.shard_records", "2000")
+    assert prepared(tmp_path, "beam", *few, *options) == prepared(tmp_path, "local", *few)
+
+
+def test_options_of_beam_need_beam():
+    done = CliRunner().invoke(cli, ["data", "prepare", "configs/ml_latest_small.yaml", "--beam.runner", "FlinkRunner"])
+    assert done.exit_code and isinstance(done.exception, UserError) and "--engine beam" in str(done.exception)
