@@ -15,6 +15,7 @@ that has to be known to go on. (Grain packs alike, at about ten times the time p
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import json
 import queue
@@ -238,6 +239,8 @@ class Ahead:
         self._closed = False
         self._thread = threading.Thread(target=self._work, args=(values,), daemon=True, name="loader")
         self._thread.start()
+        # A thread that is inside ArrayRecord when the interpreter ends takes the process down with it.
+        atexit.register(self.close)
 
     def _work(self, values: Iterator[Any]) -> None:
         try:
@@ -256,6 +259,7 @@ class Ahead:
 
     def close(self) -> None:
         """End the thread."""
+        atexit.unregister(self.close)
         self._closed = True
         while self._thread.is_alive():
             with contextlib.suppress(queue.Empty):
