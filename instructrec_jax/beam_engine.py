@@ -20,10 +20,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import apache_beam as beam
+import apache_beam as beam  # pyright: ignore[reportMissingImports]
 import numpy as np
-from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.pvalue import AsSingleton, TaggedOutput
+from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports]
+from apache_beam.pvalue import AsSingleton, TaggedOutput  # pyright: ignore[reportMissingImports]
 
 from instructrec_jax import config as configs
 from instructrec_jax.config import Config
