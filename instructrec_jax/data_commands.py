@@ -1,13 +1,57 @@
-"""Commands of ``instructrec data`` beside ``prepare``: the teacher, forgetting, looking at what is there. Parse, call, print."""
+"""Commands of ``instructrec data``: preparing, the teacher, forgetting, looking at what is there. Parse, call, print."""
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
+from typing import Literal
 
 import click
 
-from instructrec_jax.terminal import OVERRIDES, OVERRIDES_HELP, escape, meter
+from instructrec_jax.terminal import OVERRIDES, OVERRIDES_HELP, escape, meter, print_batch, print_statistics, progress
+
+
+@click.command("prepare", context_settings=OVERRIDES, epilog=OVERRIDES_HELP)
+@click.argument("config", type=click.Path())
+@click.option("--engine", type=click.Choice(["local", "beam"]), default="local", help="Who writes the instructions.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def prepare_data(config: str, engine: Literal["local", "beam"], overrides: tuple[str, ...]) -> None:
+    """Read, check, clean and split the data of CONFIG, and write its instructions.
+
+    With --engine beam, any option of an Apache Beam pipeline passes through: --beam.runner FlinkRunner,
+    --beam.direct_num_workers 4. The records are the same.
+    """
+    from instructrec_jax import config as configs
+    from instructrec_jax import prepare
+    from instructrec_jax.dotted import split_options
+    from instructrec_jax.errors import UserError
+
+    ours, beam_options = split_options(overrides, "beam.")
+    settings = configs.load(config, ours)
+    if beam_options and engine != "beam":
+        raise UserError(f"{beam_options[0]} is an option of --engine beam")
+    if engine == "beam":
+        prepare.beam_engine()  # before anything is read
+    begun = time.perf_counter()
+    click.echo(f"{settings.name}: {settings.data.source} {settings.data.path}")
+    prepared = prepare.prepare(settings, click.echo, progress, engine=engine, beam_options=beam_options)
+    click.echo(f"prepared in {time.perf_counter() - begun:.1f} s: {prepared.folder}")
+    print_statistics(prepared.manifest["statistics"])
+
+
+@click.command("show-batch", context_settings={**OVERRIDES, "show_default": True}, epilog=OVERRIDES_HELP)
+@click.argument("config", type=click.Path())
+@click.option("--rows", type=click.IntRange(1), default=4, help="Rows to show.")
+@click.option("--step", type=click.IntRange(1), default=1, help="The batch of this training step.")
+@click.option("--html", type=click.Path(), help="Write it as a page too.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def show_batch(config: str, rows: int, step: int, html: str | None, overrides: tuple[str, ...]) -> None:
+    """Show a packed training batch of CONFIG: segments in colours, targets underlined, soft tokens in brackets."""
+    from instructrec_jax import config as configs
+    from instructrec_jax.samples import packed_batch
+
+    print_batch(packed_batch(configs.load(config, overrides), step), rows, html)
 
 
 @click.command("teach", context_settings=OVERRIDES, epilog=OVERRIDES_HELP)
@@ -164,4 +208,4 @@ def inspect(
         console.print(f"→ {p.answer or 'every item of the history is learnt'}", markup=False, highlight=False)
 
 
-COMMANDS = (teach, teach_sample, teach_grades, forget, inspect)
+COMMANDS = (prepare_data, show_batch, teach, teach_sample, teach_grades, forget, inspect)

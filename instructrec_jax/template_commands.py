@@ -280,3 +280,6 @@ def _too_many_tokens(name: str, templates: list[Template], text: Any, row: int, 
                 f"{most} of a row of {row} (train.sequence_length)"
             )
     return out
+
+
+COMMANDS = (check, show, list_templates)

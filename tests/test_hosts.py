@@ -40,7 +40,7 @@ SLURM = {
     ("environ", "expected"),
     [
         ({}, None),
-        ({"JAX_COORDINATOR_ADDRESS": "", "HOME": "/root"}, None),
+        ({"JAX_COORDINATOR_ADDRESS": "", "HOME": "/home/u"}, None),
         (PLAIN, {"coordinator_address": "10.0.0.1:8476", "num_processes": 4, "process_id": 3}),
         (
             {**PLAIN, "JAX_COORDINATOR_ADDRESS": "host:99"},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
@@ -211,6 +213,20 @@ def test_a_loader_that_is_closed_ends_its_thread(made):
     next(stream)
     stream.close()
     assert not stream._ahead._thread.is_alive()
+
+
+def test_a_process_that_leaves_its_loader_open_ends_well(made):
+    """Its thread may be inside the records' C++ code when the interpreter ends."""
+    folder, _ = made
+    code = f"""
+from instructrec_jax.data import tokenizer
+from instructrec_jax.data.loader import training_iterator
+text = tokenizer.load({str(folder.parent / "tokenizer")!r})
+kept = [training_iterator({str(folder)!r}, text, batch_size=400, sequence_length=64, seed=n) for n in range(6)]
+print(next(kept[0])["tokens"].shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "(400, 64)"), done.stderr
 
 
 @pytest.mark.parametrize("steps", [0, 1, 7, 150])
