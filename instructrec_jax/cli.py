@@ -116,6 +116,28 @@ def train(config: str, run_dir: str | None, overrides: tuple[str, ...]) -> None:
 
 
 @cli.command(context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
+@click.argument("run_dir", type=click.Path())
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def refit(run_dir: str, overrides: tuple[str, ...]) -> None:
+    """Train RUN_DIR's settings once more, on training and validation events, for the steps that validation chose.
+
+    The new run is NAME-refit-HASH beside the first. The same command resumes it.
+    """
+    say = _start(preemption=True)
+    from instructrec_jax import config as configs
+    from instructrec_jax import run
+    from instructrec_jax.refit import prepared_for, refit_config
+
+    settings = refit_config(run_dir, overrides)
+    prepared_for(settings, say, progress)
+    folder = configs.run_dir(settings)
+    say(f"run: {folder}; {settings.train.steps} steps")
+    if run.train_run(settings, folder, say).stopped:
+        sys.exit(143)
+    say(f"next: instructrec evaluate {folder}")
+
+
+@cli.command(context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
 @click.argument("run_dir", type=click.Path(), required=False)
 @click.option(
     "--auto",
@@ -178,6 +200,24 @@ def evaluate(
             print_result(payload[part])
     if as_json:
         click.echo(json.dumps(summary_json(payload)))
+
+
+@cli.command("hard-modes", context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
+@click.argument("run_dir", type=click.Path())
+@click.option("--split", type=click.Choice(["test", "valid"]), default="test", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def hard_modes(run_dir: str, split: str, as_json: bool, overrides: tuple[str, ...]) -> None:
+    """Measure a run where recommending is hard: cold users and items, the long tail, strong rivals, other orders."""
+    from instructrec_jax.data.schema import SPLIT_NAMES
+    from instructrec_jax.hard_modes import hard_modes as measure
+
+    say = _start("measure the hard cases")
+    found = measure(run_dir, overrides, split=SPLIT_NAMES.index(split), say=say)
+    for table in found["tables"]:
+        print_result(table)
+    if as_json:
+        click.echo(json.dumps(found))
 
 
 @cli.command()

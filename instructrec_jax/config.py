@@ -41,12 +41,15 @@ class CleanConfig:
 class SplitConfig:
     """How events become train, valid and test. See ``data/splits.py`` for the exact rules."""
 
-    kind: Literal["leave-one-out", "last-n", "global-time"] = "leave-one-out"
+    kind: Literal["leave-one-out", "last-n", "global-time", "cold-items"] = "leave-one-out"
     n: int = 1  # last-n: this many test events per user, and as many valid events before them
     valid_fraction: float = 0.1  # global-time: share of events (by time) for valid
     test_fraction: float = 0.1  # global-time: share of events (by time) for test
+    cold_fraction: float = 0.1  # cold-items: share of the items that are kept from training
     tie: Literal["hash", "input"] = "hash"  # order of equal timestamps: keyed hash of (user, item), or row order
     seed: int = 0  # key of the tie hash
+    # Validation events are training events too, and nothing is left to validate on: what `instructrec refit` trains on
+    learn_valid: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,17 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
+class ItemMemoryConfig:
+    """A linear item-item model (SLIT) beside the matching head, fitted in closed form when training is over."""
+
+    past: int = 0  # newest events of a history that it reads; 0 = no item memory
+    future: int = 5  # events that are predicted from one place of a training history
+    l2: float = 0.0  # ridge; 0 = chosen on validation
+    weights: tuple[float, ...] = ()  # of its scores beside the logits, for I0, I1 and I2; () = chosen on validation
+    links: int = 512  # largest weights that are kept of each item
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder of the Llama shape with item tokens, or a published model (``pretrained``).
 
@@ -166,7 +180,10 @@ class ModelConfig:
     dropout: float | None = None
     item_dropout: float = 0.1  # chance that an input item token is replaced by the unknown-item token
     rerank_head: bool = False  # a second head for short lists of candidates: P_i = softmax(θᵀσ(f_i + g) + β_i)
+    item_memory: ItemMemoryConfig = ItemMemoryConfig()
     item_id_embedding: bool = True  # learned part of the item vector beside the content projection
+    # Chance per step that an item goes without its learned part and its co-occurrence: what is written about it learns to carry it
+    item_id_dropout: float = 0.0
     content_features: int = 128  # width of the text features (TF-IDF + truncated SVD); 0 = none
     cooccurrence_features: int = 0  # width of collaborative features from the training split; 0 = none
     # Folder, known name or hub id of an encoder (minilm-l6) for further item features; "" = none

@@ -54,6 +54,7 @@ from instructrec_jax.training import hosts
 
 MODEL = "model"
 BEFORE = "model before tuning"
+WITHOUT = "model without item memory"
 _BLOCK = 512  # cases scored at a time: scores [block, I] are the largest array here
 _SEARCH_CASES = 2000
 
@@ -125,13 +126,13 @@ def evaluate(run_dir: str | Path, overrides: Sequence[str] = (), *, split: int =
             say("the model has no item head: titles are scored by their likelihood, on 1+9 candidates")
         if wanted != "full":
             protocol, task = against_negatives(s, task, int(wanted.removeprefix("1+")))
-        scorer = s.scorer(params)
+        scorer = s.scorer(params, memory="all" if split == TEST else "train")
         say(
             f"{data.name}, {SPLIT_NAMES[split]} split, {len(cases):,} cases, {data.num_items:,} items; protocol {protocol}; step {step}"
         )
 
         fitted = fit_baselines(s, include_valid=split == TEST, say=say)
-        next_item, ranked = _next_item(s, scorer, task, fitted, protocol, split, say)
+        next_item, ranked = _next_item(s, params, scorer, task, fitted, protocol, split, say)
         search = likelihood = None
         if s.sizes.items:
             search = _search(s, scorer, cases, fitted, split, say)
@@ -236,13 +237,16 @@ def fit_baselines(s: Session, *, include_valid: bool, say: Say) -> dict[str, tup
 
 
 def _next_item(
-    s: Session, scorer: Scorer, task: Task, fitted: dict, protocol: str, split: int, say: Say
+    s: Session, params: Any, scorer: Scorer, task: Task, fitted: dict, protocol: str, split: int, say: Say
 ) -> tuple[EvaluationResult, dict[str, Ranked]]:
     width = max(10, *s.config.evaluate.cutoffs)
     systems: dict[str, ScoreBlock] = {}
     if s.sizes.items:
         prompts = s.sequential_prompts(task.cases)
         systems[MODEL] = lambda a, b: scorer.score_all(prompts[a:b])
+        if scorer.memory is not None:
+            bare = s.scorer(params, memory="none")
+            systems[WITHOUT] = lambda a, b: bare.score_all(prompts[a:b])
     else:
         systems[MODEL] = _title_likelihood(s, scorer, task)
         if s.config.evaluate.before_tuning:
@@ -254,7 +258,7 @@ def _next_item(
         say(f"  scoring {name}")
         ranked[name] = rank(task, score, width)
     seconds = {name: fit for name, (_, fit) in fitted.items()}
-    return _result(s, ranked, task.cases, protocol, split, seconds, {MODEL, BEFORE}), ranked
+    return _result(s, ranked, task.cases, protocol, split, seconds, {MODEL, BEFORE, WITHOUT}), ranked
 
 
 def _title_likelihood(s: Session, scorer: Scorer, task: Task) -> ScoreBlock:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from instructrec_jax.data.schema import VALID, Cases
 from instructrec_jax.errors import ConfigError, UserError
 from instructrec_jax.evaluation.metrics import TargetRank, metrics_at, rank_of_target
 from instructrec_jax.files import path_of
+from instructrec_jax.fit_memory import CHOSEN, fit_memory, load_memory
 from instructrec_jax.instructions.build import Builder
 from instructrec_jax.instructions.example import InstructionExample
 from instructrec_jax.instructions.negatives import negatives_name, sample_negatives
@@ -27,6 +29,7 @@ from instructrec_jax.models import adapters, architecture
 from instructrec_jax.models.adapters import Tree
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import Sizes
+from instructrec_jax.models.new_items import with_new_items
 from instructrec_jax.models.sharding import RULES, check_divides, padded, put
 from instructrec_jax.scoring import Request, Scorer
 from instructrec_jax.training import hosts
@@ -50,6 +53,7 @@ class Session:
     sizes: Sizes
     content: jax.Array
     model_folder: Path | None = None  # of the published model, if there is one
+    run_dir: Path | None = None  # of the trained run, if it is one
 
     def start(self) -> tuple[Tree, Tree]:
         """(trained, frozen) at step 0: fresh, or the published model with a fresh adapter and item tokens."""
@@ -68,10 +72,24 @@ class Session:
         return bool(self.sizes.items) if method == "auto" else method == "items"
 
     def scorer(
-        self, params: Any, *, batch_size: int | None = None, between: Callable[[], None] = lambda: None
+        self,
+        params: Any,
+        *,
+        batch_size: int | None = None,
+        between: Callable[[], None] = lambda: None,
+        memory: Literal["all", "train", "none"] = "all",
     ) -> Scorer:
-        """A scorer of this data set with given parameters; ``between`` is called between its device batches."""
-        data = self.prepared.data
+        """A scorer of this data set with given parameters.
+
+        Args:
+            params: the model's variables.
+            batch_size: most prompts in one device batch; None = ``evaluate.batch_size``.
+            between: called between device batches.
+            memory: which of the run's item memories counts, if it has them: that of all known events, of training events, or none.
+        """
+        data, links = self.prepared.data, None
+        if self.run_dir is not None and memory != "none":
+            links = load_memory(self.config, self.run_dir, memory, data.num_items)
         return Scorer(
             self.config.model,
             self.arch,
@@ -84,6 +102,7 @@ class Session:
             batch_size=batch_size or self.config.evaluate.batch_size,
             language=self.language,
             between=between,
+            memory=links,
         )
 
     def sequential_prompts(self, cases: Cases) -> list[InstructionExample]:
@@ -186,7 +205,8 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
     ledger = Ledger()
     with session(config) as s:
         valid = sample_cases(s.prepared.data.cases(VALID), config.train.eval_users, config.train.seed)
-        if not len(valid):
+        unmeasured = config.data.split.learn_valid
+        if not len(valid) and not unmeasured:
             raise UserError("the validation split is empty", remedy="see data.split and data.clean.min_user_events")
         if s.by_items and not s.sizes.items:
             raise ConfigError(
@@ -195,14 +215,15 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
             )
         trained_params, frozen = s.start()
         histories = case_histories(s, valid)
-        if s.by_items:
+        if s.by_items or unmeasured:
             prompts = s.sequential_prompts(valid)
         else:
             prompts = s.prompts("describe", valid)
             lists = with_target(valid, frozen_negatives(s, valid, histories, 9)[1])
 
         def validate(params: Any, leave: Callable[[], None]) -> dict[str, float]:
-            scorer = s.scorer(adapters.join(params, frozen), between=leave)
+            variables = with_new_items(adapters.join(params, frozen), s.prepared.data.train_popularity)
+            scorer = s.scorer(variables, between=leave)
             if s.by_items:
                 ranks = rank_cases(scorer, prompts, valid, histories)
             else:
@@ -224,7 +245,7 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
             say=hosts.voice(say),
         )
         try:
-            return train(
+            finished = train(
                 config,
                 run_dir,
                 batches=batches,
@@ -234,12 +255,35 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
                 trained=trained_params,
                 frozen=frozen,
                 num_items=s.prepared.data.num_items,
-                validate=validate,
+                validate=None if unmeasured else validate,
                 ledger=ledger,
                 say=say,
             )
         finally:
             batches.close()
+        if config.model.item_memory.past and not finished.stopped and not (run_dir / CHOSEN).is_file():
+            params, _ = best_params(s, run_dir)
+            fit_memory(s, params, run_dir, hosts.voice(say))
+        return finished
+
+
+def best_params(s: Session, run_dir: Path) -> tuple[Any, int]:
+    """The variables of a run's best checkpoint, and its step.
+
+    Raises:
+        UserError: there is no complete checkpoint yet.
+    """
+    config = s.config
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.train.keep)
+    try:
+        step = checkpoints.best()
+        if step is None:
+            raise UserError(f"{run_dir} has no complete checkpoint yet", remedy="run `instructrec train` on its config")
+        trained_params, frozen = s.start()
+        restored = checkpoints.restore_params(step, trained_params, ema=bool(config.train.ema))
+        return with_new_items(adapters.join(restored, frozen), s.prepared.data.train_popularity), step
+    finally:
+        checkpoints.close()
 
 
 @contextlib.contextmanager
@@ -255,19 +299,9 @@ def trained(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Iterator[tu
             f"{run_dir} is not a run: it has no config.yaml", remedy="give the folder that `instructrec train` printed"
         )
     config = configs.load(run_dir / "config.yaml", overrides)
-    with session(config) as s:
-        checkpoints = Checkpoints(run_dir / "checkpoints", config.train.keep)
-        try:
-            step = checkpoints.best()
-            if step is None:
-                raise UserError(
-                    f"{run_dir} has no complete checkpoint yet", remedy="run `instructrec train` on its config"
-                )
-            trained_params, frozen = s.start()
-            ema = bool(config.train.ema)
-            params = adapters.join(checkpoints.restore_params(step, trained_params, ema=ema), frozen)
-        finally:
-            checkpoints.close()
+    with session(config) as bare:
+        s = dataclasses.replace(bare, run_dir=run_dir)
+        params, step = best_params(s, run_dir)
         yield s, params, step
 
 

@@ -120,6 +120,35 @@ def tie_key(user: str, item: str, occurrence: int, seed: int = 0) -> int:
     return mix((mix(hashed("user", user) ^ rotated) + occurrence * golden) & mask)
 
 
+@settings(max_examples=100, deadline=None)
+@given(rows=_logs, share=st.sampled_from([0.2, 0.5, 0.8]), seed=st.integers(0, 3))
+def test_new_items_have_no_event_before_the_test(rows, share, seed):
+    raw = clean(raw_data(rows, ["a", "b", "c", "d", "NA"]), replace(NO_RULES, duplicates="keep"))
+    whole, data = (
+        split(raw, replace(HASH, kind=kind, seed=seed, cold_fraction=share)) for kind in ("last-n", "cold-items")
+    )
+    new = set(data.item[data.split == TEST])
+    assert not new & set(data.item[data.split != TEST])
+    for user, name in enumerate(data.user_ids):
+        labels = data.split[data.offsets[user] : data.offsets[user + 1]].tolist()
+        assert labels == sorted(labels) and labels.count(TEST) <= 1 and labels.count(VALID) <= 1
+        if TEST in labels:
+            assert labels.count(TRAIN) >= 1 and labels.count(VALID) == 1
+        # What is kept is in the order of the whole.
+        before = iter(of_user(whole, name))
+        assert all(item in before for item in of_user(data, name))
+    assert data.steps[-1].interactions == (len(whole.item), len(data.item))
+
+
+def test_a_refit_learns_the_validation_events_and_leaves_the_test_events_as_they_were():
+    raw = clean(sources.read(DataConfig(), "ml"), replace(NO_RULES, k_core=5))
+    first, again = (split(raw, replace(HASH, learn_valid=learn)) for learn in (False, True))
+    np.testing.assert_array_equal(first.item, again.item)
+    np.testing.assert_array_equal(first.split == TEST, again.split == TEST)
+    assert (first.split == VALID).sum() == first.num_users and not (again.split == VALID).any()
+    assert set(first.tags) <= set(again.tags)
+
+
 def test_ties_are_the_same_in_every_process_and_on_every_platform():
     """Fixed values: a change here would silently change every published split."""
     rows = [{"user": "u", "item": i, "timestamp": 7} for i in "abcdefgh"]

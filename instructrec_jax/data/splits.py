@@ -18,9 +18,15 @@ file's row order, for comparison with published splits.
 * ``last-n``: the last n events are test, the n before them valid.
 * ``global-time``: two moments cut the whole log. Events at or after the later one are test, those between valid. Events
   of one second are never torn apart. A user who begins after the cut has no training history and is kept, and counted.
+* ``cold-items``: a keyed share of the items is new to the model: none of their events is a training event. A user's newest
+  event on a new item is test; their earlier events on new items and everything after the test event are dropped, and
+  counted. The newest of the others is valid. A user without an event on a new item gives a valid event alone.
 
 In the first two, a user with fewer than 2n + 1 events cannot give both and still have a history: all of their events
 stay in train.
+
+With ``learn_valid`` the validation events join the training events once they have been chosen, so the test events stay
+what they were.
 
 **Tags.** A user's tag is kept only if its (user, item) pair is a training event of that user and nowhere held out, and
 if it was not written at or after the user's first held-out event. Everything else could tell the target.
@@ -68,19 +74,30 @@ def split(raw: RawData, config: SplitConfig) -> SplitData:
     offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))]).astype(np.int64)
     time = log["timestamp"].to_numpy()[order] if "timestamp" in log.column_names else None
     rating = log["rating"].to_numpy().astype(np.float64)[order] if "rating" in log.column_names else None
+    read = len(item)
     if config.kind == "global-time":
         labels, detail = _by_time(raw.name, user, time, config)
+    elif config.kind == "cold-items":
+        labels, keep, detail = _by_new_items(user, item, catalogue.item_ids, config)
+        user, item = user[keep], item[keep]
+        time, rating = (column if column is None else column[keep] for column in (time, rating))
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))]).astype(np.int64)
     else:
         labels, detail = _by_rank(user, offsets, 1 if config.kind == "leave-one-out" else config.n)
 
+    if config.learn_valid:
+        labels[labels == VALID] = TRAIN
+        detail = "; ".join(filter(None, ["validation events are training events too", detail]))
     tags, tag_detail = _training_tags(raw.tags, user_ids, catalogue.item_ids, user, item, labels, time)
     cold = catalogue_cold(item, labels, len(catalogue))
     counts = ", ".join(
         f"{name} {int((labels == s).sum()):,}" for name, s in (("train", TRAIN), ("valid", VALID), ("test", TEST))
     )
     parts = [counts, detail, f"{cold:,} items without a training event" if cold else "", tag_detail]
-    n, users, items = len(item), len(user_ids), len(catalogue)
-    step = Step(f"split {config.kind}", (n, n), (users, users), (items, items), "; ".join(p for p in parts if p))
+    users, items = len(user_ids), len(catalogue)
+    step = Step(
+        f"split {config.kind}", (read, len(item)), (users, users), (items, items), "; ".join(p for p in parts if p)
+    )
     return SplitData(
         name=raw.name,
         user_ids=user_ids,
@@ -104,6 +121,8 @@ def catalogue_cold(item: Int[np.ndarray, " events"], labels: Int8[np.ndarray, " 
 def _check(config: SplitConfig) -> None:
     if config.n < 1:
         raise ConfigError(f"data.split.n = {config.n}", remedy="at least 1")
+    if config.kind == "cold-items" and not 0 < config.cold_fraction < 1:
+        raise ConfigError(f"data.split.cold_fraction = {config.cold_fraction}", remedy="above 0 and below 1")
     valid, test = config.valid_fraction, config.test_fraction
     if config.kind == "global-time" and not (0 <= valid < 1 and 0 <= test < 1 and valid + test < 1):
         raise ConfigError(
@@ -209,6 +228,39 @@ def _by_time(
         if share > 0 and not (labels == label).any():
             detail += f"; no {split_name} event, because many events share one moment"
     return labels, detail + (f"; {new:,} users begin after the first cut and have no training history" if new else "")
+
+
+def _by_new_items(
+    user: Int[np.ndarray, " events"], item: Int[np.ndarray, " events"], item_ids: list[str], config: SplitConfig
+) -> tuple[Int8[np.ndarray, " kept"], Int[np.ndarray, " kept"], str]:
+    """Labels of the events that are kept, and which those are."""
+    there = np.unique(item)
+    hashes = _hashes("new item", item_ids, config.seed)[there]
+    count = round(config.cold_fraction * len(there))
+    is_new = np.zeros(len(item_ids), bool)
+    is_new[there[np.argsort(hashes, kind="stable")[:count]]] = True
+    new = is_new[item]
+    place = np.arange(len(item))
+
+    # The test event: the newest on a new item that has two events on others before it, one to learn from and one to validate on.
+    first = np.searchsorted(user, user)
+    running = np.concatenate([[0], np.cumsum(~new)])
+    warm_before = running[place] - running[first]
+    last = np.full(int(user[-1]) + 1, -1)
+    usable = new & (warm_before >= 2)
+    np.maximum.at(last, user[usable], place[usable])
+    test = last[user]
+    keep = np.where(test >= 0, (place == test) | (~new & (place < test)), ~new)
+
+    kept = np.flatnonzero(keep)
+    labels = np.where(new[kept], TEST, TRAIN).astype(np.int8)
+    warm = kept[~new[kept]]
+    newest = np.full(len(last), -1)
+    np.maximum.at(newest, user[warm], warm)
+    several = np.bincount(user[warm], minlength=len(last)) >= 2
+    labels[np.isin(kept, newest[several & (newest >= 0)])] = VALID
+    dropped = len(item) - len(kept)
+    return labels, kept, f"{count:,} items are new; {dropped:,} events on them or after a test event are dropped"
 
 
 # ----------------------------------------------------------------------------------------------------- users and tags

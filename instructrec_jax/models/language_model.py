@@ -132,15 +132,22 @@ class LanguageModel(nn.Module):
 
     def _item_vectors(self, content: jax.Array | None, s: Sizes) -> jax.Array:
         """f_i = W c_i + e_i, [I, D]."""
-        a = self.arch
+        a, o = self.arch, self.options
+        keep = None  # which items show what was learnt of them, beside what is written about them
+        if self.train and o.item_id_dropout:
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - o.item_id_dropout, (s.items, 1))
         vectors = jnp.zeros((s.items, a.width), jnp.float32, out_sharding=RULES.table_used)
         if s.content:
             assert content is not None
             project = param(self, "item_content", 0.2 * s.content**-0.5, (s.content, a.width), RULES.project_fd)
+            if keep is not None:  # co-occurrence, in the last columns, is nothing that a new item has
+                written = jnp.arange(s.content) < s.content - o.cooccurrence_features
+                content = jnp.where(keep | written, content, 0)
             vectors = vectors + jnp.einsum("if,fd->id", content, project, out_sharding=RULES.table_used)
-        if self.options.item_id_embedding:
+        if o.item_id_embedding:
             std = 0.02 if s.content else a.width**-0.5
-            vectors = vectors + param(self, "item_id", std, (s.items, a.width), RULES.table_vd)
+            learned = param(self, "item_id", std, (s.items, a.width), RULES.table_vd)
+            vectors = vectors + (learned if keep is None else jnp.where(keep, learned, 0))
         return vectors
 
     def _embed(self, batch: Batch, words: jax.Array, vectors: jax.Array | None, s: Sizes) -> jax.Array:

@@ -12,11 +12,11 @@ from typing import Any
 from instructrec_jax.errors import UserError, did_you_mean
 from instructrec_jax.retrieval.base import Recommender
 
-NAMES = ("popularity", "itemknn", "ease", "ease_last10", "bm25")
+NAMES = ("popularity", "itemknn", "ease", "ease_last10", "slit", "bm25")
 
 
 def make(name: str, **options: Any) -> Recommender:
-    """A recommender, not fitted: ``popularity``, ``itemknn``, ``ease``, ``ease_last10`` (any ``ease_lastN``), ``bm25``.
+    """A recommender, not fitted: ``popularity``, ``itemknn``, ``ease``, ``ease_last10`` (any ``ease_lastN``), ``slit``, ``bm25``.
 
     Args:
         name: one of the names above.
@@ -38,6 +38,10 @@ def make(name: str, **options: Any) -> Recommender:
         from instructrec_jax.retrieval.ease import EASE
 
         return EASE(**({"last": int(last[1])} if last else {}), **options)
+    if name == "slit":
+        from instructrec_jax.retrieval.slit import SLIT
+
+        return SLIT(**options)
     if name == "bm25":
         from instructrec_jax.retrieval.bm25 import BM25
 

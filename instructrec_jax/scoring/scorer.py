@@ -31,6 +31,7 @@ from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import Sizes
 from instructrec_jax.models.sharding import fetch
 from instructrec_jax.scoring.forest import Forest
+from instructrec_jax.scoring.item_memory import ItemMemory
 from instructrec_jax.scoring.prepare import Normalise, Prepared, prepare
 from instructrec_jax.scoring.requests import Candidates, Reader, Ready, Request
 from instructrec_jax.scoring.rows import Job
@@ -60,6 +61,7 @@ class Scorer:
         layout: "packed", "batched", or what the cost model says of each request.
         language: of the words that ``labels`` and ``yesno`` put behind a prompt.
         between: called between device batches; what it raises ends the scoring.
+        memory: links between items that count beside the matching head (``items``).
 
     With several processes all make the same calls, with the same requests, and all get the scores.
     """
@@ -83,7 +85,9 @@ class Scorer:
         layout: Layout = "auto",
         language: str = "en",
         between: Callable[[], None] = lambda: None,
+        memory: ItemMemory | None = None,
     ):
+        self.memory = memory
         self._num_items, self._has_items = num_items, bool(sizes.items)
         self._has_rerank = self._has_items and config.rerank_head
         self.reader = Reader(
@@ -206,9 +210,12 @@ class Scorer:
     def _by_items(self, p: Prepared) -> list[np.ndarray]:
         out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(p.ready)
         for group, scores in self.runner.items(p.prompts):
+            scores = scores[: len(group), : self._num_items]
+            if self.memory is not None:
+                scores = self.memory.added(scores, [p.ready[i].prompt for i in group])
             for row, i in enumerate(group):
                 items = p.ready[i].items
-                out[i] = scores[row, : self._num_items] if items is None else scores[row, items]
+                out[i] = scores[row] if items is None else scores[row, items]
         return out
 
     def _by_rerank(self, p: Prepared) -> list[np.ndarray]:

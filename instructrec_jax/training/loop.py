@@ -55,7 +55,7 @@ def train(
     trained: Tree,
     frozen: Tree,
     num_items: int,
-    validate: Validate,
+    validate: Validate | None,
     ledger: Ledger,
     say: Callable[[str], None],
 ) -> Finished:
@@ -72,7 +72,7 @@ def train(
         frozen: the others, which no checkpoint holds.
         num_items: real items.
         validate: metrics of given parameters on the validation split. It calls its second argument between batches, which raises
-            ``hosts.Stopped`` when the run is to stop.
+            ``hosts.Stopped`` when the run is to stop. None where no event was left for it: then the last step counts.
         ledger: where the time goes, running since the call began.
         say: prints one line; of several processes the first one speaks.
 
@@ -121,7 +121,7 @@ def train(
     metrics: dict[str, jax.Array] = {}
 
     def due(step: int) -> bool:
-        return step > 0 and (step % settings.eval_every == 0 or step == settings.steps)
+        return validate is not None and step > 0 and (step % settings.eval_every == 0 or step == settings.steps)
 
     def save(values: dict[str, float] | None) -> None:
         nonlocal saved
@@ -132,6 +132,7 @@ def train(
 
     def validate_and_save() -> None:
         nonlocal best
+        assert validate is not None
         jax.block_until_ready(metrics)
         begun = time.perf_counter()
         try:
@@ -170,7 +171,7 @@ def train(
                     validate_and_save()
                 elif step % settings.checkpoint_every == 0:
                     save(None)
-            if stop.name and saved != step:
+            if saved != step:  # a stop, or a run without validation
                 save(None)
     finally:
         stop.release()

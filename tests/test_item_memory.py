@@ -1,0 +1,90 @@
+"""What followed what: the closed form by hand, the links that are kept, and where they count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from instructrec_jax.data.schema import SplitData
+from instructrec_jax.errors import ConfigError, DataError
+from instructrec_jax.instructions.example import InstructionExample
+from instructrec_jax.retrieval.slit import SLIT, recent
+from instructrec_jax.scoring.item_memory import ItemMemory, strongest
+from tests.test_baselines import toy
+
+MEMORY = ItemMemory(sp.csr_matrix(np.arange(16, dtype=np.float32).reshape(4, 4)), 2, (2.0, 0.5, 0.25))
+
+
+def prompt(items: tuple[int, ...], task: str = "T2", intention: str = "I0") -> InstructionExample:
+    return InstructionExample("x", "en", "P1", intention, task, "next-item", 0, "\ufffc" * len(items), items, "")
+
+
+def one_user(events: int) -> SplitData:
+    """Items 0, 1, 2, ...; the last is test, the one before it valid."""
+    some = toy(items=events)
+    labels = np.array([0] * (events - 2) + [1, 2], np.int8)
+    return SplitData("one", ["u"], some.catalogue, np.array([0, events]), np.arange(events), labels)
+
+
+def test_the_system_by_hand() -> None:
+    """One user, events 0 1 2 | 3 | 4: past 2, future 2."""
+    data = one_user(5)
+    gram, cross = SLIT(past=2, future=2).system(data, include_valid=False)
+    # Rows of X: event 0 has none before it; event 1 has item 0; event 2 has item 1 and, at distance 2, item 0.
+    x = np.array([[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0.5, 1, 0, 0, 0]])
+    y = np.array([[1, 0.5, 0, 0, 0], [0, 1, 0.5, 0, 0], [0, 0, 1, 0, 0]])
+    np.testing.assert_allclose(gram, x.T @ x, atol=1e-6)
+    np.testing.assert_allclose(cross, x.T @ y, atol=1e-6)
+    fitted = SLIT(l2=3.0, past=2, future=2).fit(data)
+    weights = np.linalg.inv(x.T @ x + 3 * np.eye(5)) @ x.T @ y
+    np.testing.assert_allclose(fitted.weights, weights, atol=1e-6)
+    np.testing.assert_allclose(fitted.score([np.array([4, 0, 1])])[0], weights[1] + weights[0] / 2, atol=1e-6)
+    learnt, _ = SLIT(past=2, future=2).system(data, include_valid=True)
+    assert learnt[2, 2] > 0 and learnt[3].sum() == 0  # the validation event is predicted now, and predicts nothing
+
+
+def test_newest_events_weigh_by_distance() -> None:
+    found = recent([np.array([3, 1, 2]), np.zeros(0, int), np.array([1, 1])], items=4, past=2).toarray()
+    np.testing.assert_allclose(found, [[0, 0.5, 1, 0], [0, 0, 0, 0], [0, 1.5, 0, 0]])
+
+
+def test_links_count_for_prompts_with_a_history_and_no_candidates() -> None:
+    prompts = [prompt((0, 1)), prompt((0, 1), intention="I2"), prompt((0, 1), task="T3"), prompt(()), [1, 2, 3]]
+    rows = MEMORY.links.toarray()
+    one = rows[1] + rows[0] / 2
+    np.testing.assert_allclose(MEMORY.scores(prompts), [2 * one, 0.25 * one, 0 * one, 0 * one, 0 * one])
+    added = MEMORY.added(np.log(np.full((5, 4), 0.25)), prompts)
+    np.testing.assert_allclose(np.exp(added).sum(axis=1), 1)
+    np.testing.assert_allclose(added[0] - added[0, 0], 2 * (one - one[0]), atol=1e-6)
+    np.testing.assert_allclose(added[2], np.log(0.25))
+
+
+def test_the_strongest_links_are_kept() -> None:
+    weights = np.random.default_rng(0).normal(size=(20, 20)).astype(np.float32)
+    kept = strongest(weights, 5).toarray()
+    assert ((kept != 0).sum(axis=1) == 5).all()
+    for row, all_of_it in zip(kept, weights):
+        assert np.abs(row[row != 0]).min() >= np.abs(all_of_it[row == 0]).max()
+        np.testing.assert_array_equal(row[row != 0], all_of_it[row != 0])
+    np.testing.assert_array_equal(strongest(weights, 20).toarray(), weights)
+
+
+def test_saved_and_read_again(tmp_path: Path) -> None:
+    MEMORY.save(tmp_path / "m.npz")
+    again = ItemMemory.load(tmp_path / "m.npz", 4)
+    np.testing.assert_array_equal(again.links.toarray(), MEMORY.links.toarray())
+    assert (again.past, again.weights) == (2, (2.0, 0.5, 0.25))
+    with pytest.raises(DataError, match="4 items; the catalogue has 5"):
+        ItemMemory.load(tmp_path / "m.npz", 5)
+    (tmp_path / "m.npz").write_bytes((tmp_path / "m.npz").read_bytes()[:100])
+    with pytest.raises(DataError, match="not an item memory"):
+        ItemMemory.load(tmp_path / "m.npz", 4)
+
+
+def test_a_catalogue_that_is_too_large_is_named() -> None:
+    data = toy(items=30)
+    with pytest.raises(ConfigError, match="30 items need dense 30 x 30 matrices"):
+        SLIT(max_items=20).fit(data)
