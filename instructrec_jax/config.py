@@ -234,6 +234,11 @@ class TrainConfig:
     ema: float = 0.0  # decay per step of a running mean of the weights, which validation and export then take; 0 = none
     z_loss: float = 0.0  # weight of the mean squared log normaliser of the word and item logits
     label_smoothing: float = 0.0  # over the catalogue, on the item loss
+    # Over the whole catalogue, or on sampled negatives where that is too large (training/sampled.py)
+    item_loss: Literal["full", "sampled", "gbce"] = "full"
+    item_negatives: int = 1024  # sampled, gbce: negatives of a step, shared by its positions
+    item_negatives_by: Literal["uniform", "popularity"] = "uniform"
+    gbce_calibration: float = 0.75  # gbce: 0 = plain binary cross-entropy, 1 = all overconfidence is taken back
     item_loss_weight: float = 1.0
     text_loss_weight: float = 0.3
     rerank_loss_weight: float = 1.0  # where there is a re-ranking head

@@ -255,6 +255,7 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
                 trained=trained_params,
                 frozen=frozen,
                 num_items=s.prepared.data.num_items,
+                popularity=s.prepared.data.train_popularity,
                 validate=None if unmeasured else validate,
                 ledger=ledger,
                 say=say,

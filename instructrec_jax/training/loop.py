@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from instructrec_jax.config import Config, dump, to_dict
 from instructrec_jax.files import write_atomic, write_json
@@ -57,6 +58,7 @@ def train(
     num_items: int,
     validate: Validate | None,
     ledger: Ledger,
+    popularity: Int[np.ndarray, " I"] | None = None,
     say: Callable[[str], None],
 ) -> Finished:
     """Train until ``config.train.steps``, resuming from the run's last complete checkpoint.
@@ -73,6 +75,7 @@ def train(
         num_items: real items.
         validate: metrics of given parameters on the validation split. It calls its second argument between batches, which raises
             ``hosts.Stopped`` when the run is to stop. None where no event was left for it: then the last step counts.
+        popularity: training events of every item; what ``train.item_negatives_by: popularity`` draws by.
         ledger: where the time goes, running since the call began.
         say: prints one line; of several processes the first one speaks.
 
@@ -109,7 +112,7 @@ def train(
         say(f"nothing to do: the run is at step {first} of {settings.steps}")
 
     # ------------------------------------------------------------------------------------------------------ the train loop
-    train_step = make_train_step(config, arch, sizes, num_items)
+    train_step = make_train_step(config, arch, sizes, num_items, popularity)
     ledger.resume(run_dir / "metrics.jsonl", first)
     log = Metrics(run_dir, config, first)
     profiler = Profiler(config.profile, run_dir)

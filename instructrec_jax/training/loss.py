@@ -48,13 +48,13 @@ def word_loss(
     if chunk >= target.shape[1] and tiles == 1:
         index = jnp.maximum(target - 1, 0)
         normaliser = jax.nn.logsumexp(word_logits(hidden, out, arch), axis=-1)
-        return _sums(normaliser - chosen_logits(hidden, index, out, arch), normaliser, target, task)
-    hidden, target, task = _in_front(hidden, target, task)
+        return sums_of(normaliser - chosen_logits(hidden, index, out, arch), normaliser, target, task)
+    hidden, target, task = in_front(hidden, target, task)
     scores = table_scores(
         hidden, target, out.word_head, out.word_bias,
         count=arch.vocab, softcap=arch.final_softcap, tiles=tiles, chunk=chunk, learns=learns,
     )  # fmt: skip
-    return _sums(scores.normaliser - scores.chosen, scores.normaliser, target, task)
+    return sums_of(scores.normaliser - scores.chosen, scores.normaliser, target, task)
 
 
 def item_loss(out: Output, batch: dict[str, jax.Array], count: int, smoothing: float, chunk: int) -> Sums:
@@ -71,7 +71,7 @@ def item_loss(out: Output, batch: dict[str, jax.Array], count: int, smoothing: f
         chosen = jnp.sum(hidden * lookup(vectors, index), axis=-1) + lookup(bias[:, None], index)[..., 0]
         scores = Scores(chosen, jax.nn.logsumexp(item_logits(hidden, out, count), axis=-1))
     else:
-        hidden, target, task = _in_front(hidden, target, task)
+        hidden, target, task = in_front(hidden, target, task)
         scores = table_scores(
             hidden, target, vectors, bias, count=count, softcap=0.0, tiles=1, chunk=chunk, learns=True
         )  # fmt: skip
@@ -80,7 +80,7 @@ def item_loss(out: Output, batch: dict[str, jax.Array], count: int, smoothing: f
     mean_bias = jnp.sum(jnp.where(real[:, 0], bias, 0)) / count
     average = jnp.einsum("bsd,d->bs", hidden, mean_vector) + mean_bias
     nll = scores.normaliser - (1 - smoothing) * scores.chosen - smoothing * average
-    return _sums(nll, scores.normaliser, target, task)
+    return sums_of(nll, scores.normaliser, target, task)
 
 
 def rerank_loss(
@@ -109,27 +109,27 @@ def rerank_loss(
         taught = jnp.sum(jax.nn.softmax(listed, axis=-1) * log_prob, axis=-1) if teacher else 0.0
         return -(1 - teacher) * log_prob[..., 0] - teacher * taught, normaliser
 
-    hidden, target, task = _in_front(out.hidden, batch["item_target"], batch["task"])
+    hidden, target, task = in_front(out.hidden, batch["item_target"], batch["task"])
     total = zero_sums()
     for first in range(0, target.shape[1], chunk):
         part = slice(first, first + chunk)
 
         def some(part: slice = part) -> Sums:
             found, normaliser = nll(hidden[:, part], target[:, part])
-            return _sums(found, normaliser, target[:, part], task[:, part])
+            return sums_of(found, normaliser, target[:, part], task[:, part])
 
         # The chunks behind all targets are skipped.
         total = jax.tree.map(jnp.add, total, jax.lax.cond(jnp.any(target[:, part] > 0), some, zero_sums))
     return total
 
 
-def _in_front(hidden: jax.Array, target: jax.Array, task: jax.Array) -> list[jax.Array]:
+def in_front(hidden: jax.Array, target: jax.Array, task: jax.Array) -> list[jax.Array]:
     """The positions of every row with those that have a target first."""
     order = jnp.argsort(target == 0, axis=1, stable=True)
     return [rows_by_index(x, order) for x in (hidden, target, task)]
 
 
-def _sums(
+def sums_of(
     nll: Float[Array, "B S"], normaliser: Float[Array, "B S"], target: Int[Array, "B S"], task: Int[Array, "B S"]
 ) -> Sums:
     """Sums over the positions whose target is not 0."""

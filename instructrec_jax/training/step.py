@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import P
 from jaxtyping import Array, Float, Int
@@ -18,6 +19,7 @@ from instructrec_jax.models.language_model import LanguageModel, Output, Sizes, 
 from instructrec_jax.models.sharding import BATCH
 from instructrec_jax.training import loss as losses
 from instructrec_jax.training.optimisers import optimizer, schedule
+from instructrec_jax.training.sampled import Proposal, drawn, proposal, sampled_item_loss
 
 State = dict[
     str, Any
@@ -106,15 +108,20 @@ def head_losses(
     train: TrainConfig,
     arch: Architecture,
     learns: bool = True,
+    sampled: tuple[Proposal, Array] | None = None,
 ) -> tuple[Array, dict[str, Any]]:
     """The loss of a part of a batch, and its sums by head; ``totals`` are the whole batch's numbers of item and text targets, and
-    ``learns`` is whether the word head does.
+    ``learns`` is whether the word head does; ``sampled``: the negatives of the step and what they were drawn from, where the loss on items
+    is not over the whole catalogue.
 
     loss = w_item · Σ item_nll / Σ item targets + w_text · Σ text_nll / Σ text targets, and the re-ranking head's, over the item targets,
     where there is one. With a z-loss every nll of words and of the catalogue has z · log² Z beside it, Z being the softmax's normaliser
     (PaLM, arXiv 2204.02311, section 5).
     """
-    item = losses.item_loss(out, batch, num_items, train.label_smoothing, train.logits_chunk)
+    if sampled is None:
+        item = losses.item_loss(out, batch, num_items, train.label_smoothing, train.logits_chunk)
+    else:
+        item = sampled_item_loss(out, batch, sampled[1], sampled[0], train)
     text = losses.word_loss(out, batch, train.logits_chunk, arch, tiles=train.vocab_tiles, learns=learns)
     by_item = train.item_loss_weight * (item.loss + train.z_loss * item.z) / totals[0]
     by_text = train.text_loss_weight * (text.loss + train.z_loss * text.z) / totals[1]
@@ -135,14 +142,19 @@ def count_targets(batch: Batch) -> tuple[Array, Array]:
 
 
 def make_train_step(
-    config: Config, arch: Architecture, sizes: Sizes, num_items: int
+    config: Config,
+    arch: Architecture,
+    sizes: Sizes,
+    num_items: int,
+    popularity: Int[np.ndarray, " I"] | None = None,
 ) -> Callable[[State, Tree, Batch, Array], tuple[State, dict[str, Array]]]:
     """The jitted step ``(state, frozen, batch, content) -> (state, metrics)``; the state is donated.
 
     Targets are counted over the whole batch before the first micro-batch: accumulation gives the full-batch gradient, however
-    targets are spread.
+    targets are spread. ``popularity``, training events of every item, is what negatives may be drawn by.
     """
     train = config.train
+    given = proposal(train, num_items, popularity) if train.item_loss != "full" and sizes.items else None
     model = LanguageModel(arch, sizes, config.model, train=True)
     tx = optimizer(train)
     rate = schedule(train)
@@ -150,12 +162,15 @@ def make_train_step(
 
     def step(state: State, frozen: Tree, batch: Batch, content: Array) -> tuple[State, dict[str, Array]]:
         totals = count_targets(batch)
+        key = jax.random.fold_in(jax.random.key(train.seed), state["step"])
+        sampled = None
+        if given is not None:
+            sampled = given, drawn(given, train.item_negatives, jax.random.fold_in(key, 0x5A))
 
         def micro_loss(params: Tree, micro: Batch, key: Array) -> tuple[Array, dict[str, Any]]:
             out = apply(model, join(params, frozen), micro, content, rngs={"dropout": key})
-            return head_losses(out, micro, totals, num_items, train, arch, learns)
+            return head_losses(out, micro, totals, num_items, train, arch, learns, sampled)
 
-        key = jax.random.fold_in(jax.random.key(train.seed), state["step"])
         loss, sums, grads = batch_gradients(micro_loss, state["params"], batch, key)
         updates, opt = tx.update(grads, state["opt"], state["params"])
         params = cast(Tree, optax.apply_updates(state["params"], updates))
