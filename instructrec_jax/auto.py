@@ -11,13 +11,22 @@ import numpy as np
 
 from instructrec_jax import config as configs
 from instructrec_jax import prepare, run
-from instructrec_jax.config import CleanConfig, Config, DataConfig, InstructionConfig, ModelConfig, TrainConfig
+from instructrec_jax.config import (
+    CleanConfig,
+    Config,
+    DataConfig,
+    InstructionConfig,
+    ItemMemoryConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from instructrec_jax.data import sources
 from instructrec_jax.data.cleaning import codes, core_mask
 from instructrec_jax.data.schema import RawData
 from instructrec_jax.errors import DataError
 
 COMPUTE = 5e13  # floating-point operations of training: about a quarter of an hour on two cores
+MEMORY_ITEMS = 17_000  # largest catalogue that gets an item memory
 CORE_KEEPS = 0.8  # the 5-core is taken where it keeps this share of the interactions
 
 
@@ -75,6 +84,8 @@ def auto_config(folder: Path) -> Config:
             mlp_width=2 * width,
             dropout=0.2 if large else 0.3,
             cooccurrence_features=64,
+            # Its time grows with the cube of the catalogue: a minute or two for so many items.
+            item_memory=ItemMemoryConfig(past=20 if items <= MEMORY_ITEMS else 0),
         ),
         train=TrainConfig(
             steps=steps,

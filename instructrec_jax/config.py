@@ -280,7 +280,7 @@ class EvaluateConfig:
     batch_size: int = 64
     likelihood_users: int = 200  # users scored by the text likelihood too (slow); 0 = none
     before_tuning: bool = True  # pretrained: the likelihood table also has the model as it was published
-    baselines: tuple[str, ...] = ("popularity", "itemknn", "ease", "ease_last10", "bm25")
+    baselines: tuple[str, ...] = ("popularity", "itemknn", "ease", "ease_last10", "slit", "bm25")
 
 
 @dataclass(frozen=True)

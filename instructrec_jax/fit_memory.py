@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from instructrec_jax.config import Config
+from instructrec_jax.config import Config, ItemMemoryConfig
 from instructrec_jax.data.schema import VALID, Cases
 from instructrec_jax.errors import ConfigError
 from instructrec_jax.evaluation.metrics import metrics_at, rank_of_target
 from instructrec_jax.files import write_json
 from instructrec_jax.instructions.prompts import NothingToSay
 from instructrec_jax.retrieval.slit import SLIT
-from instructrec_jax.scoring.item_memory import ItemMemory, strongest
+from instructrec_jax.scoring.item_memory import INTENTIONS, ItemMemory, strongest
 from instructrec_jax.training import hosts
 
 if TYPE_CHECKING:
@@ -27,6 +27,28 @@ RIDGES = (30.0, 100.0, 300.0, 1000.0)
 WEIGHTS = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 _MANY_ITEMS = 6_000  # beyond, one ridge is solved for: the time grows with the cube of the catalogue
 _SEARCHES = 1_000  # validation cases with a wish
+
+
+def check_memory(settings: ItemMemoryConfig, by_items: bool, items: int) -> None:
+    """Refuse, before the first step, an item memory that could not be fitted after the last.
+
+    Raises:
+        ConfigError: the model has no item head, the catalogue is too large for the closed form, or weights for other than three
+            intentions.
+    """
+    if len(settings.weights) not in (0, len(INTENTIONS)):
+        raise ConfigError(
+            f"model.item_memory.weights has {len(settings.weights)} numbers; it wants one for each of {', '.join(INTENTIONS)}",
+            remedy="leave it empty: validation chooses them",
+        )
+    most = SLIT().max_items
+    if not by_items or items > most:
+        why = (
+            f"its closed form is for at most {most:,} items, and there are {items:,}"
+            if by_items
+            else "there is no item head"
+        )
+        raise ConfigError(f"model.item_memory: {why}", remedy="set model.item_memory.past: 0")
 
 
 def fit_memory(s: Session, params: Any, run_dir: Path, say: Say) -> None:

@@ -21,7 +21,7 @@ from instructrec_jax.data.schema import VALID, Cases
 from instructrec_jax.errors import ConfigError, UserError
 from instructrec_jax.evaluation.metrics import TargetRank, metrics_at, rank_of_target
 from instructrec_jax.files import path_of
-from instructrec_jax.fit_memory import CHOSEN, fit_memory, load_memory
+from instructrec_jax.fit_memory import CHOSEN, check_memory, fit_memory, load_memory
 from instructrec_jax.instructions.build import Builder
 from instructrec_jax.instructions.example import InstructionExample
 from instructrec_jax.instructions.negatives import negatives_name, sample_negatives
@@ -213,6 +213,8 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
                 "train.eval_method = items, but the model has no item head",
                 remedy="likelihood or auto, or items in model.trainable",
             )
+        if config.model.item_memory.past:
+            check_memory(config.model.item_memory, s.by_items, s.prepared.data.num_items)
         trained_params, frozen = s.start()
         histories = case_histories(s, valid)
         if s.by_items or unmeasured:

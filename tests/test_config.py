@@ -78,7 +78,7 @@ def changed_value(kind: Any, value: Any) -> Any:
     if isinstance(value, dict):
         return {"rating": "stars"}
     if isinstance(value, list):
-        return [*value, *value[:1]] or ["x"]
+        return [*value, *value[:1]] or [1.0 if float in typing.get_args(kind) else "x"]
     if isinstance(value, str):
         return value + "x"
     return 0.25 if value is None else value + 1

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from instructrec_jax.config import ItemMemoryConfig
 from instructrec_jax.data.schema import SplitData
 from instructrec_jax.errors import ConfigError, DataError
+from instructrec_jax.fit_memory import check_memory
 from instructrec_jax.instructions.example import InstructionExample
 from instructrec_jax.retrieval.slit import SLIT, recent
 from instructrec_jax.scoring.item_memory import ItemMemory, strongest
@@ -88,3 +90,13 @@ def test_a_catalogue_that_is_too_large_is_named() -> None:
     data = toy(items=30)
     with pytest.raises(ConfigError, match="30 items need dense 30 x 30 matrices"):
         SLIT(max_items=20).fit(data)
+
+
+def test_an_item_memory_that_could_not_be_fitted_is_refused_before_the_first_step() -> None:
+    check_memory(ItemMemoryConfig(past=20), True, 25_000)
+    with pytest.raises(ConfigError, match="at most 25,000 items, and there are 25,001"):
+        check_memory(ItemMemoryConfig(past=20), True, 25_001)
+    with pytest.raises(ConfigError, match="there is no item head"):
+        check_memory(ItemMemoryConfig(past=20), False, 10)
+    with pytest.raises(ConfigError, match="weights has 2 numbers"):
+        check_memory(ItemMemoryConfig(past=20, weights=(1.0, 2.0)), True, 10)

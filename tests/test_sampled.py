@@ -127,7 +127,8 @@ def test_settings_that_do_not_go_together() -> None:
 @pytest.mark.parametrize("kind", ["sampled", "gbce"])
 def test_a_run_learns_with_it(kind: str, tmp_path: Path) -> None:
     write_slice(tmp_path / "data", users=40)
-    options = {"item_loss": kind, "item_negatives": 64, "item_negatives_by": "popularity", "steps": 30, "log_every": 5, "eval_every": 30, "checkpoint_every": 30}
+    every = {"steps": 30, "log_every": 5, "eval_every": 30, "checkpoint_every": 30}
+    options = {"item_loss": kind, "item_negatives": 64, "item_negatives_by": "popularity", **every}
     config = tiny_config(tmp_path, **options)
     prepare.prepare(config, print)
     folder = configs.run_dir(config)
