@@ -202,6 +202,34 @@ def evaluate(
         click.echo(json.dumps(summary_json(payload)))
 
 
+@cli.command()
+@click.argument("run_dirs", type=click.Path(), nargs=-1, required=True)
+@click.option("--preset", type=click.Path(), default="", help="The runs' config file; its commands are shown.")
+@click.option("--protocol", default="full", show_default=True, help="Name of the file in evaluation/.")
+@click.option("--into", type=click.Path(), help="Markdown document whose block is replaced. [default: print]")
+@click.option("--block", default="", help="Name of the block. [default: the config's name]")
+@click.option("--picture", type=click.Path(), help="PNG to draw the next-item table into.")
+def results(
+    run_dirs: tuple[str, ...], preset: str, protocol: str, into: str | None, block: str, picture: str | None
+) -> None:
+    """The tables of one config's RUN_DIRS, a seed each: means over seeds, intervals, paired tests, training time."""
+    import os
+
+    from instructrec_jax.results import draw, markdown, put_block, read_runs
+
+    runs = read_runs(run_dirs, protocol)
+    shown = ""
+    if picture:
+        draw(runs, Path(picture))
+        shown = os.path.relpath(picture, Path(into).parent) if into else picture
+    text = markdown(runs, preset, shown)
+    if not into:
+        click.echo(text)
+        return
+    put_block(Path(into), block or runs[0].config.name, text)
+    click.echo(f"{into}: block {block or runs[0].config.name} of {len(runs)} run(s)")
+
+
 @cli.command("hard-modes", context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
 @click.argument("run_dir", type=click.Path())
 @click.option("--split", type=click.Choice(["test", "valid"]), default="test", show_default=True)

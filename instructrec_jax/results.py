@@ -1,0 +1,200 @@
+"""The result tables of several seeds of one config, as Markdown and a picture, from what the runs have written.
+
+A block of a document stands between two marks and is replaced as a whole, so that no figure is ever typed:
+
+    <!-- results: NAME -->
+    ...
+    <!-- end of results: NAME -->
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median_low, stdev
+from typing import Any
+
+from instructrec_jax import config as configs
+from instructrec_jax.config import Config
+from instructrec_jax.dotted import leaves
+from instructrec_jax.errors import UserError
+from instructrec_jax.evaluation.table import Estimate, EvaluationResult
+from instructrec_jax.files import path_of, read_json, write_atomic
+
+METRICS = ("ndcg@10", "hr@10", "mrr@10")
+SAMPLED_METRICS = ("hr@1", "hr@3", "hr@5", "ndcg@5")
+PARTS = ("next_item", "search", "likelihood")
+# They differ between machines and seeds, or only measure.
+_PLACES = ("data.path", "prepared", "runs", "train.seed", "name")
+_OUTSIDE = ("evaluate", "mesh", "profile", "teacher")
+
+
+@dataclass(frozen=True)
+class SeedRun:
+    """One evaluated run."""
+
+    folder: Path
+    config: Config
+    payload: dict[str, Any]  # of ``evaluate``
+    seconds: float  # of training, validation included
+
+    def result(self, part: str) -> EvaluationResult | None:
+        """One of the evaluation's tables."""
+        return EvaluationResult.from_json(self.payload[part]) if self.payload.get(part) else None
+
+
+def read_runs(folders: Sequence[str | Path], protocol: str = "full") -> list[SeedRun]:
+    """The runs, which must be one config with several seeds.
+
+    Raises:
+        UserError: a folder is no evaluated run, two have one seed, or their settings differ; the first differences are named.
+    """
+    runs = []
+    for folder in map(path_of, folders):
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"{folder} is not a run: it has no config.yaml")
+        payload = _read(folder / "evaluation" / f"{protocol}.json", f"run `instructrec evaluate {folder}`")
+        end = _read(folder / "finished.json", f"train {folder} to its end")
+        runs.append(SeedRun(folder, configs.load(folder / "config.yaml"), payload, sum(end["seconds"].values())))
+    if not runs:
+        raise UserError("no runs", remedy="give the folders of the seeds' runs")
+    first = differing(Config(), runs[0].config)
+    for run in runs[1:]:
+        other = differing(Config(), run.config)
+        if changed := sorted(k for k in first.keys() | other.keys() if first.get(k) != other.get(k)):
+            raise UserError(
+                f"{run.folder} and {runs[0].folder} differ in {', '.join(changed[:4])}",
+                remedy="one table is one config with several seeds",
+            )
+    seeds = [run.config.train.seed for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"two runs have the same seed: {seeds}")
+    return sorted(runs, key=lambda run: run.config.train.seed)
+
+
+def _read(file: Path, remedy: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"there is no {file}", remedy=remedy)
+    return read_json(file, remedy)
+
+
+def differing(base: Config, config: Config) -> dict[str, Any]:
+    """The settings of ``config`` that decide what is learnt and are not ``base``'s."""
+    before, after = leaves(configs.to_dict(base)), leaves(configs.to_dict(config))
+    kept = {k: v for k, v in after.items() if k not in _PLACES and k.split(".")[0] not in _OUTSIDE}
+    return {k: v for k, v in kept.items() if before.get(k) != v}
+
+
+def markdown(runs: Sequence[SeedRun], preset: str = "", picture: str = "") -> str:
+    """Commands, training time, and each table with seeds, intervals and paired tests."""
+    lines = _commands(runs, preset)
+    minutes = [run.seconds / 60 for run in runs]
+    steps = ", ".join(str(run.payload["best_step"]) for run in runs)
+    lines += [
+        "",
+        f"{len(runs)} seed(s); best step {steps}; training took {', '.join(f'{m:.0f}' for m in minutes)} minutes, validation included.",
+        "",
+    ]
+    for part in PARTS:
+        results = [r for r in (run.result(part) for run in runs) if r]
+        if len(results) == len(runs):
+            lines += _table(results)
+    if picture:
+        lines += [f"![{runs[0].config.name}: NDCG@10 of each system with its 95 % interval]({picture})", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _commands(runs: Sequence[SeedRun], preset: str) -> list[str]:
+    options = ""
+    if preset:
+        changes = differing(configs.load(preset), runs[0].config)
+        options = "".join(f" --{key} {_word(value)}" for key, value in changes.items())
+    name = preset or runs[0].config.name
+    seeds = " ".join(str(run.config.train.seed) for run in runs)
+    return [
+        f"    instructrec data prepare {name}{options}",
+        f"    for seed in {seeds}; do instructrec train {name}{options} --train.seed $seed; done",
+        "    instructrec evaluate RUN_DIR        # for each",
+    ]
+
+
+def _word(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _table(results: Sequence[EvaluationResult]) -> list[str]:
+    first = results[0]
+    names = [m for m in METRICS if m in first.rows[0].metrics] or list(SAMPLED_METRICS)
+    lines = [f"**{first.data}, {first.protocol}**, {first.split}, {first.cases:,} cases, {first.items:,} items", ""]
+    lines += ["| system | " + " | ".join(names) + " | fit s | score s |", "|---|" + "---|" * (len(names) + 2)]
+    for row in first.rows:
+        cells = [_cell([r.row(row.name).metrics[name] for r in results], row.baseline) for name in names]
+        lines.append(f"| {row.name} | {' | '.join(cells)} | {row.seconds_fit:.1f} | {row.seconds_score:.1f} |")
+    lines.append("")
+    for row in (r for r in first.rows if not r.baseline):
+        tests = [c for r in results for c in r.comparisons if c.name == row.name and c.metric == names[0]]
+        if tests:
+            each = "; ".join(
+                f"{c.difference:+.4f} ({c.low or 0:+.4f} to {c.high or 0:+.4f}), p = {c.p:.3f}" for c in tests
+            )
+            lines += [f"{row.name} − {tests[0].baseline}, {names[0]}, paired over users, by seed: {each}", ""]
+    return lines
+
+
+def _cell(seeds: Sequence[Estimate], baseline: bool) -> str:
+    """The mean over seeds with every seed's figure, and the interval over users of the seed in the middle."""
+    values = [e.mean or 0.0 for e in seeds]
+    middle = seeds[values.index(median_low(values))]
+    interval = "" if middle.low is None else f" ({middle.low:.4f} to {middle.high:.4f})"
+    if baseline or len(values) == 1:
+        return f"{values[0]:.4f}{interval}"
+    every = ", ".join(f"{v:.4f}" for v in values)
+    return f"**{mean(values):.4f}** ± {stdev(values):.4f} [{every}]{interval}"
+
+
+def draw(runs: Sequence[SeedRun], file: Path) -> None:
+    """A dot for each system of the first table, mean over seeds, with its interval over users; PNG."""
+    from instructrec_jax.evaluation.figures import require_matplotlib
+
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    results = [r for r in (run.result("next_item") for run in runs) if r]
+    metric = next(m for m in ("ndcg@10", "hr@1") if m in results[0].rows[0].metrics)
+    rows = sorted(results[0].rows, key=lambda row: -mean(r.row(row.name).metrics[metric].mean or 0.0 for r in results))
+    figure = Figure(figsize=(6.4, 0.9 + 0.32 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for y, row in enumerate(rows):
+        colour = "#8a8f98" if row.baseline else "#1f6feb"
+        seeds = [r.row(row.name).metrics[metric] for r in results]
+        for estimate in seeds if not row.baseline else seeds[:1]:
+            if estimate.low is not None and estimate.high is not None:
+                axes.plot([estimate.low, estimate.high], [y, y], color=colour, lw=2, alpha=0.35)
+            axes.plot([estimate.mean], [y], "o", color=colour, ms=6)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"{metric}, {results[0].data}, {results[0].protocol}, {results[0].cases:,} cases")
+    axes.grid(axis="x", color="#dddddd")
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130, metadata={"Software": None})
+
+
+def put_block(document: Path, name: str, text: str) -> None:
+    """Replace the block ``name`` of a document, or put it at the end."""
+    begin, end = f"<!-- results: {name} -->", f"<!-- end of results: {name} -->"
+    before = document.read_text(encoding="utf-8") if document.is_file() else ""
+    block = f"{begin}\n{text.rstrip()}\n{end}"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if pattern.search(before):
+        after = pattern.sub(lambda _: block, before)
+    else:
+        after = f"{before.rstrip()}\n\n{block}\n" if before.strip() else f"{block}\n"
+    write_atomic(document, after)
