@@ -138,6 +138,7 @@ class ItemMemoryConfig:
     future: int = 5  # events that are predicted from one place of a training history
     l2: float = 0.0  # ridge; 0 = chosen on validation
     weights: tuple[float, ...] = ()  # of its scores beside the logits, for I0, I1 and I2; () = chosen on validation
+    prior_weight: float = 0.0  # of log popularity where a prompt tells nothing; chosen on validation with ``weights``
     links: int = 512  # largest weights that are kept of each item
 
 

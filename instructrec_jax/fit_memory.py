@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import scipy.sparse as sp
 from jaxtyping import Float
 
 from instructrec_jax.config import Config, ItemMemoryConfig
@@ -14,8 +15,9 @@ from instructrec_jax.errors import ConfigError
 from instructrec_jax.evaluation.metrics import metrics_at, rank_of_target
 from instructrec_jax.files import write_json
 from instructrec_jax.instructions.prompts import NothingToSay
+from instructrec_jax.retrieval.base import training_events
 from instructrec_jax.retrieval.slit import SLIT
-from instructrec_jax.scoring.item_memory import INTENTIONS, ItemMemory, strongest
+from instructrec_jax.scoring.item_memory import INTENTIONS, ItemMemory, log_shares, strongest
 from instructrec_jax.training import hosts
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ FILES = {"all": "item_memory.npz", "train": "item_memory_train.npz"}  # links of
 CHOSEN = "item_memory.json"
 RIDGES = (30.0, 100.0, 300.0, 1000.0)
 WEIGHTS = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+PRIOR_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)
 _MANY_ITEMS = 6_000  # beyond, one ridge is solved for: the time grows with the cube of the catalogue
 _SEARCHES = 1_000  # validation cases with a wish
 
@@ -66,26 +69,42 @@ def fit_memory(s: Session, params: Any, run_dir: Path, say: Say) -> None:
     model = SLIT(past=settings.past, future=settings.future)
     system = model.system(data, include_valid=False)
     if len(ridges) == 1 and settings.weights:
-        ridge, weights, found = ridges[0], settings.weights, []
+        chosen = Chosen(ridges[0], settings.weights, settings.prior_weight, [])
     else:
-        ridge, weights, found = _chosen(s, params, model, system, ridges)
-        say(f"item memory: ridge {ridge:g}, weights " + ", ".join(f"{w:g}" for w in weights))
-    model.l2 = ridge
-    of_training = strongest(model.solved(system), settings.links)
-    known = of_training
+        chosen = _chosen(s, params, model, system, ridges)
+        weights = ", ".join(f"{w:g}" for w in chosen.weights)
+        say(
+            f"item memory: ridge {chosen.l2:g}, weights {weights}, of popularity for unknown users {chosen.prior_weight:g}"
+        )
+    model.l2 = chosen.l2
+
+    def fitted(system: tuple[np.ndarray, np.ndarray], include_valid: bool) -> ItemMemory:
+        counts = np.bincount(data.item[training_events(data, include_valid)], minlength=data.num_items)
+        links = strongest(model.solved(system), settings.links)
+        return ItemMemory(links, settings.past, chosen.weights, log_shares(counts), chosen.prior_weight)
+
+    of_training = known = fitted(system, False)
     if not s.config.data.split.learn_valid:
-        known = strongest(model.solved(model.system(data, include_valid=True)), settings.links)
+        known = fitted(model.system(data, include_valid=True), True)
     if not hosts.first():
         return
-    for name, links in (("train", of_training), ("all", known)):
-        ItemMemory(links, settings.past, weights).save(run_dir / FILES[name])
-    write_json(run_dir / CHOSEN, {"l2": ridge, "weights": weights, "tried": found})
+    of_training.save(run_dir / FILES["train"])
+    known.save(run_dir / FILES["all"])
+    write_json(run_dir / CHOSEN, chosen._asdict())
+
+
+class Chosen(NamedTuple):
+    """What validation chose."""
+
+    l2: float
+    weights: tuple[float, ...]  # for I0, I1 and I2
+    prior_weight: float
+    tried: list[dict[str, Any]]  # with the NDCG@10 of each
 
 
 def _chosen(
     s: Session, params: Any, model: SLIT, system: tuple[np.ndarray, np.ndarray], ridges: tuple[float, ...]
-) -> tuple[float, tuple[float, ...], list[dict[str, float]]]:
-    """(ridge, weights for I0, I1 and I2, what was tried)."""
+) -> Chosen:
     from instructrec_jax.run import sample_cases
 
     data = s.prepared.data
@@ -96,34 +115,31 @@ def _chosen(
             remedy="set model.item_memory.l2 and .weights, or model.item_memory.past: 0",
         )
     scorer, keep = s.scorer(params), s.config.model.item_memory.links
-    prompts = s.sequential_prompts(cases)
-    plain = scorer.score_all(prompts)
-    tried: list[dict[str, float]] = []
+    prior = log_shares(data.train_popularity)
+    tried: list[dict[str, Any]] = []
+
+    def best(what: str, prompts: list[Any], some: Cases, links: dict[float, sp.csr_matrix], steps: tuple[float, ...]):
+        plain = scorer.score_all(prompts)
+        own = []
+        for l2, matrix in links.items():
+            added = ItemMemory(matrix, model.past, (1.0, 1.0, 1.0), prior, 1.0).scores(prompts)
+            own += [{"what": what, "l2": l2, "weight": w, "ndcg@10": _ndcg(s, plain + w * added, some)} for w in steps]
+        tried.extend(own)
+        return max(own, key=lambda t: t["ndcg@10"])
+
     links = {}
     for model.l2 in ridges:
         links[model.l2] = strongest(model.solved(system), keep)
-        linear = ItemMemory(links[model.l2], model.past, (1.0, 1.0, 1.0)).scores(prompts)
-        tried += [
-            {"l2": model.l2, "weight": w, "ndcg@10": _ndcg(s, plain + w * linear, cases), "intention": 0}
-            for w in WEIGHTS
-        ]
-    best = max(tried, key=lambda t: t["ndcg@10"])
-
-    asked = _with_wishes(s, cases)
+    usual = best("history", s.sequential_prompts(cases), cases, links, WEIGHTS)
+    links = {usual["l2"]: links[usual["l2"]]}
     with_wish = 0.0
-    if asked:
-        chosen = np.asarray([i for i, _ in asked], np.int64)
-        some = Cases(cases.user[chosen], cases.end[chosen], cases.target[chosen])
-        prompts = [prompt for _, prompt in asked]
-        plain = scorer.score_all(prompts)
-        linear = ItemMemory(links[best["l2"]], model.past, (1.0, 1.0, 1.0)).scores(prompts)
-        searches = [
-            {"l2": best["l2"], "weight": w, "ndcg@10": _ndcg(s, plain + w * linear, some), "intention": 2}
-            for w in WEIGHTS
-        ]
-        tried += searches
-        with_wish = max(searches, key=lambda t: t["ndcg@10"])["weight"]
-    return best["l2"], (best["weight"], with_wish, with_wish), tried
+    if asked := _with_wishes(s, cases):
+        index = np.asarray([i for i, _ in asked], np.int64)
+        some = Cases(cases.user[index], cases.end[index], cases.target[index])
+        with_wish = best("history and wish", [prompt for _, prompt in asked], some, links, WEIGHTS)["weight"]
+    unknown = [s.builder.recommend_prompt((), language=s.language)] * len(cases)
+    nothing = best("nothing", unknown, cases, links, PRIOR_WEIGHTS)
+    return Chosen(usual["l2"], (usual["weight"], with_wish, with_wish), nothing["weight"], tried)
 
 
 def _ndcg(s: Session, scores: Float[np.ndarray, "cases I"], cases: Cases) -> float:

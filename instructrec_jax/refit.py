@@ -58,7 +58,9 @@ def _memory(config: Config, run_dir: Path) -> ItemMemoryConfig:
     if not settings.past:
         return settings
     chosen = read_json(run_dir / CHOSEN, "run the same `instructrec train` again")
-    return dataclasses.replace(settings, l2=chosen["l2"], weights=tuple(chosen["weights"]))
+    return dataclasses.replace(
+        settings, l2=chosen["l2"], weights=tuple(chosen["weights"]), prior_weight=chosen["prior_weight"]
+    )
 
 
 def prepared_for(config: Config, say: prepare.Say, progress: prepare.Progress | None = None) -> None:

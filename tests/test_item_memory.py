@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ from instructrec_jax.config import ItemMemoryConfig
 from instructrec_jax.data.schema import SplitData
 from instructrec_jax.errors import ConfigError, DataError
 from instructrec_jax.fit_memory import check_memory
-from instructrec_jax.instructions.example import InstructionExample
+from instructrec_jax.instructions.example import Feature, InstructionExample
 from instructrec_jax.retrieval.slit import SLIT, recent
-from instructrec_jax.scoring.item_memory import ItemMemory, strongest
+from instructrec_jax.scoring.item_memory import ItemMemory, log_shares, strongest
 from tests.test_baselines import toy
 
-MEMORY = ItemMemory(sp.csr_matrix(np.arange(16, dtype=np.float32).reshape(4, 4)), 2, (2.0, 0.5, 0.25))
+PRIOR = np.array([-1.0, -2.0, -3.0, -4.0], np.float32)
+MEMORY = ItemMemory(sp.csr_matrix(np.arange(16, dtype=np.float32).reshape(4, 4)), 2, (2.0, 0.5, 0.25), PRIOR, 3.0)
 
 
 def prompt(items: tuple[int, ...], task: str = "T2", intention: str = "I0") -> InstructionExample:
@@ -64,6 +66,16 @@ def test_links_count_for_prompts_with_a_history_and_no_candidates() -> None:
     np.testing.assert_allclose(added[2], np.log(0.25))
 
 
+def test_popularity_counts_where_a_prompt_tells_nothing() -> None:
+    plain = prompt(())
+    nothing = dataclasses.replace(plain, preference="P0")
+    wish = dataclasses.replace(nothing, intention="I1")
+    known = dataclasses.replace(nothing, features=(Feature(0, 1.0),))
+    np.testing.assert_allclose(MEMORY.scores([nothing, wish, known, plain]), [3 * PRIOR, *np.zeros((3, 4))])
+    shares = np.exp(log_shares(np.array([3, 0, 1])))
+    np.testing.assert_allclose(shares, np.array([3.5, 0.5, 1.5]) / 5.5, rtol=1e-6)
+
+
 def test_the_strongest_links_are_kept() -> None:
     weights = np.random.default_rng(0).normal(size=(20, 20)).astype(np.float32)
     kept = strongest(weights, 5).toarray()
@@ -78,7 +90,8 @@ def test_saved_and_read_again(tmp_path: Path) -> None:
     MEMORY.save(tmp_path / "m.npz")
     again = ItemMemory.load(tmp_path / "m.npz", 4)
     np.testing.assert_array_equal(again.links.toarray(), MEMORY.links.toarray())
-    assert (again.past, again.weights) == (2, (2.0, 0.5, 0.25))
+    assert (again.past, again.weights, again.prior_weight) == (2, (2.0, 0.5, 0.25), 3.0)
+    np.testing.assert_array_equal(again.prior, PRIOR)
     with pytest.raises(DataError, match="4 items; the catalogue has 5"):
         ItemMemory.load(tmp_path / "m.npz", 5)
     (tmp_path / "m.npz").write_bytes((tmp_path / "m.npz").read_bytes()[:100])

@@ -6,7 +6,9 @@ history h_1, ..., h_n (newest last)
 
     R_i = softmax_i(f_i · g + θ_i + w Σ_k B[h_{n+1−k}, i] / k)                  over the newest ``past`` events
 
-The weight w is chosen on validation, for prompts without and with a wish. Nothing of the language model depends on it.
+The weight w is chosen on validation, for prompts without and with a wish. A prompt that tells nothing at all, neither history nor wish,
+has v log p_i among its logits instead, p being the items' shares of the events: what is best for somebody unknown needs no learning.
+Nothing of the language model depends on the memory.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from instructrec_jax.errors import DataError
 from instructrec_jax.files import write_atomic
@@ -38,6 +40,8 @@ class ItemMemory:
     links: sp.csr_matrix  # [I, I], float32: row = an item of the history
     past: int
     weights: tuple[float, ...]  # w for prompts of I0, I1 and I2
+    prior: Float[np.ndarray, " I"]  # log p
+    prior_weight: float  # v
 
     @property
     def items(self) -> int:
@@ -51,11 +55,12 @@ class ItemMemory:
         return self.weights[INTENTIONS.index(prompt.intention)]
 
     def scores(self, prompts: Sequence[Any]) -> Float[np.ndarray, "B I"]:
-        """w Σ_k B[h, i] / k of every prompt."""
+        """What is added to the logits of every prompt."""
         weights = [self.weight(p) for p in prompts]
         histories = [np.asarray(p.prompt_items if w else (), np.int64) for p, w in zip(prompts, weights)]
         of_history = sp.diags_array(np.asarray(weights, np.float32)) @ recent(histories, self.items, self.past)
-        return (of_history @ self.links).toarray().astype(np.float32)
+        unknown = np.asarray([self.prior_weight if tells_nothing(p) else 0.0 for p in prompts], np.float32)
+        return (of_history @ self.links).toarray().astype(np.float32) + unknown[:, None] * self.prior
 
     def added(self, log_prob: Float[np.ndarray, "B I"], prompts: Sequence[Any]) -> Float[np.ndarray, "B I"]:
         """Log probabilities of the matching head with the memory's scores among the logits."""
@@ -65,9 +70,17 @@ class ItemMemory:
     def save(self, path: Path) -> None:
         """Write one file, atomically."""
         out = io.BytesIO()
-        about = json.dumps({"past": self.past, "weights": self.weights})
+        about = json.dumps({"past": self.past, "weights": self.weights, "prior_weight": self.prior_weight})
         links = self.links
-        np.savez(out, data=links.data, indices=links.indices, indptr=links.indptr, items=self.items, about=about)
+        np.savez(
+            out,
+            data=links.data,
+            indices=links.indices,
+            indptr=links.indptr,
+            items=self.items,
+            prior=self.prior,
+            about=about,
+        )
         write_atomic(path, out.getvalue())
 
     @staticmethod
@@ -80,7 +93,7 @@ class ItemMemory:
         remedy = "remove it and run the same `instructrec train` again"
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-                parts = {name: file[name] for name in ("data", "indices", "indptr", "items", "about")}
+                parts = {name: file[name] for name in ("data", "indices", "indptr", "items", "prior", "about")}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"not an item memory: {error}", file=path, remedy=remedy) from error
         if int(parts["items"]) != items:
@@ -89,7 +102,19 @@ class ItemMemory:
             )
         about = json.loads(str(parts["about"]))
         links = sp.csr_matrix((parts["data"], parts["indices"], parts["indptr"]), shape=(items, items))
-        return ItemMemory(links, about["past"], tuple(about["weights"]))
+        return ItemMemory(links, about["past"], tuple(about["weights"]), parts["prior"], about["prior_weight"])
+
+
+def tells_nothing(prompt: Any) -> bool:
+    """Whether a prompt asks for an item and says nothing of whom it is for."""
+    if not isinstance(prompt, InstructionExample) or prompt.features:
+        return False
+    return (prompt.task, prompt.preference, prompt.intention) == ("T2", "P0", "I0")
+
+
+def log_shares(counts: Int[np.ndarray, " I"]) -> Float[np.ndarray, " I"]:
+    """Log shares of events; every item has half an event more, so that none is impossible."""
+    return np.log((counts + 0.5) / (counts.sum() + 0.5 * len(counts))).astype(np.float32)
 
 
 def strongest(weights: Float[np.ndarray, "I I"], keep: int) -> sp.csr_matrix:
