@@ -206,6 +206,8 @@ class TrainConfig:
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     batch_size: int = 32  # B, packed rows per step over all devices
     sequence_length: int = 128  # S, tokens per packed row
+    # Task, as named in the log, to the epoch at which it begins: {search: 0.5, rerank: 1}. The others begin at 0 (data/curriculum.py).
+    curriculum: dict[str, float] = field(default_factory=dict)
     accumulate: int = 1  # micro-batches per step, combined by sums and weights
     learning_rate: float = 2e-3
     warmup_steps: int = 100

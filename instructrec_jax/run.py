@@ -220,6 +220,7 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
             batch_size=config.train.batch_size,
             sequence_length=config.train.sequence_length,
             seed=config.train.seed,
+            curriculum=config.train.curriculum,
             process_index=index,
             process_count=count,
             say=hosts.voice(say),
