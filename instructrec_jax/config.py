@@ -262,6 +262,7 @@ class EvaluateConfig:
     bootstrap: int = 2000  # resamples of users for the 95 % intervals
     batch_size: int = 64
     likelihood_users: int = 200  # users scored by the text likelihood too (slow); 0 = none
+    wording_cases: int = 300  # cases asked by every held-out wording too; 0 = none
     before_tuning: bool = True  # pretrained: the likelihood table also has the model as it was published
     baselines: tuple[str, ...] = ("popularity", "itemknn", "ease", "ease_last10", "bm25")
 

@@ -18,8 +18,8 @@ METRICS = ("ndcg@10", "hr@10", "mrr@10")
 def main(run_dirs: list[str], protocol: str = "full") -> None:
     runs = [json.loads((Path(d) / "evaluation" / f"{protocol}.json").read_text(encoding="utf-8")) for d in run_dirs]
     print(f"{len(runs)} run(s), best steps {', '.join(str(r['best_step']) for r in runs)}\n")
-    for part in ("next_item", "search", "likelihood"):
-        results = [EvaluationResult.from_json(r[part]) for r in runs if r[part]]
+    for part in ("next_item", "search", "likelihood", "wordings"):
+        results = [EvaluationResult.from_json(r[part]) for r in runs if r.get(part)]
         if not results:
             continue
         names = [m for m in METRICS if m in results[0].rows[0].metrics] or ["hr@1", "hr@3", "hr@5", "ndcg@5"]
