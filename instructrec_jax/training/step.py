@@ -106,22 +106,23 @@ def head_losses(
     train: TrainConfig,
     arch: Architecture,
     learns: bool = True,
+    spaces: tuple[int, ...] = (),
 ) -> tuple[Array, dict[str, Any]]:
     """The loss of a part of a batch, and its sums by head; ``totals`` are the whole batch's numbers of item and text targets, and
-    ``learns`` is whether the word head does.
+    ``learns`` is whether the word head does. ``spaces``: as of ``Sizes``.
 
     loss = w_item · Σ item_nll / Σ item targets + w_text · Σ text_nll / Σ text targets, and the re-ranking head's, over the item targets,
     where there is one. With a z-loss every nll of words and of the catalogue has z · log² Z beside it, Z being the softmax's normaliser
     (PaLM, arXiv 2204.02311, section 5).
     """
-    item = losses.item_loss(out, batch, num_items, train.label_smoothing, train.logits_chunk)
+    item = losses.item_loss(out, batch, num_items, train.label_smoothing, train.logits_chunk, spaces)
     text = losses.word_loss(out, batch, train.logits_chunk, arch, tiles=train.vocab_tiles, learns=learns)
     by_item = train.item_loss_weight * (item.loss + train.z_loss * item.z) / totals[0]
     by_text = train.text_loss_weight * (text.loss + train.z_loss * text.z) / totals[1]
     loss, sums = by_item + by_text, {"item": item._asdict(), "text": text._asdict()}
     if out.rerank_direction is not None:
         rerank = losses.rerank_loss(
-            out, batch, num_items, train.rerank_candidates, train.rerank_teacher, train.logits_chunk
+            out, batch, num_items, train.rerank_candidates, train.rerank_teacher, train.logits_chunk, spaces
         )
         loss = loss + train.rerank_loss_weight * rerank.loss / totals[0]
         sums["rerank"] = rerank._asdict()
@@ -153,7 +154,7 @@ def make_train_step(
 
         def micro_loss(params: Tree, micro: Batch, key: Array) -> tuple[Array, dict[str, Any]]:
             out = apply(model, join(params, frozen), micro, content, rngs={"dropout": key})
-            return head_losses(out, micro, totals, num_items, train, arch, learns)
+            return head_losses(out, micro, totals, num_items, train, arch, learns, sizes.spaces)
 
         key = jax.random.fold_in(jax.random.key(train.seed), state["step"])
         loss, sums, grads = batch_gradients(micro_loss, state["params"], batch, key)
