@@ -96,7 +96,7 @@ def test_one_catalogue_is_what_it_was() -> None:
         for chunk in (4, 16):
             for head, more in ((losses.item_loss, (0.1, chunk)), (losses.rerank_loss, (20, 0.3, chunk))):
                 plain, one = (
-                    jax.jit(lambda o, b, spaces=spaces: head(o, b, NUM_ITEMS, *more, spaces))(out, on)
+                    jax.jit(head, static_argnums=range(2, 4 + len(more)))(out, on, NUM_ITEMS, *more, spaces)
                     for spaces in ((), (NUM_ITEMS,))
                 )
                 assert jnp.array_equal(plain.loss, one.loss) and jnp.array_equal(plain.task_loss, one.task_loss)

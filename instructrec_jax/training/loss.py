@@ -91,7 +91,9 @@ def item_loss(
         mean_vector = jnp.sum(jnp.where(real, vectors, 0), axis=0) / (end - begun)
         mean_bias = jnp.sum(jnp.where(real[:, 0], bias, 0)) / (end - begun)
         logit = jnp.einsum("bsd,d->bs", hidden, mean_vector) + mean_bias
-        average = logit if average is None else jnp.where(target > begun, logit, average)  # of catalogues in their order
+        average = (
+            logit if average is None else jnp.where(target > begun, logit, average)
+        )  # of catalogues in their order
         begun = end
     nll = scores.normaliser - (1 - smoothing) * scores.chosen - smoothing * average
     return _sums(nll, scores.normaliser, target, task)

@@ -39,7 +39,9 @@ class _Plan(NamedTuple):
     tiles: int
     chunk: int
     learns: bool  # whether anybody asks for the table's gradient
-    spaces: tuple[int, ...] = ()  # where each of several tables in one ends: a target is scored among the rows of its own
+    spaces: tuple[
+        int, ...
+    ] = ()  # where each of several tables in one ends: a target is scored among the rows of its own
 
 
 def check_tiles(rows: int, tiles: int, tensor: int) -> None:
