@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,7 @@ def test_a_target_is_predicted_among_the_items_of_its_own_catalogue(mesh: tuple[
         model = model_of(MODEL)
         variables = jax.jit(lambda k: init_variables(model.arch, SIZES, MODEL, k))(jax.random.key(0))
         on = on_mesh(batch)
-        out = jax.jit(model.apply)(variables, on, content())
+        out: Any = jax.jit(model.apply)(variables, on, content())
         sums = jax.jit(lambda o, b: losses.item_loss(o, b, NUM_ITEMS, 0.1, chunk, SPACES))(out, on)
         logits = np.asarray(item_logits(out.hidden, out, NUM_ITEMS), np.float64)
     expected = 0.0
@@ -59,7 +61,7 @@ def test_gradients_of_one_catalogue_do_not_touch_the_others_items(first: int, la
         on, features = on_mesh(batch), content()
 
         def loss(params: dict, spaces: tuple[int, ...]) -> jax.Array:
-            out = model.apply({"params": params}, on, features)
+            out: Any = model.apply({"params": params}, on, features)
             item = losses.item_loss(out, on, NUM_ITEMS, 0.1, chunk, spaces)
             return item.loss + losses.rerank_loss(out, on, NUM_ITEMS, 20, 0.3, chunk, spaces).loss
 
@@ -79,7 +81,7 @@ def test_a_catalogue_smaller_than_the_list_of_the_rerank_head() -> None:
         model = model_of(MODEL)
         variables = init_variables(model.arch, SIZES, MODEL, jax.random.key(0))
         on = on_mesh(batch)
-        out = model.apply(variables, on, content())
+        out: Any = model.apply(variables, on, content())
         small = losses.rerank_loss(out, on, NUM_ITEMS, 20, 0.4, 4, (5, NUM_ITEMS))
         alone = losses.rerank_loss(out, on, 5, 20, 0.4, 4)
     assert float(small.loss) == pytest.approx(float(alone.loss), rel=1e-5) and np.isfinite(float(small.loss))
@@ -92,7 +94,7 @@ def test_one_catalogue_is_what_it_was() -> None:
         model = model_of(MODEL)
         variables = jax.jit(lambda k: init_variables(model.arch, SIZES, MODEL, k))(jax.random.key(0))
         on = on_mesh(batch)
-        out = jax.jit(model.apply)(variables, on, content())
+        out: Any = jax.jit(model.apply)(variables, on, content())
         for chunk in (4, 16):
             for head, more in ((losses.item_loss, (0.1, chunk)), (losses.rerank_loss, (20, 0.3, chunk))):
                 plain, one = (
