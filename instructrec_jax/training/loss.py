@@ -95,6 +95,7 @@ def item_loss(
             logit if average is None else jnp.where(target > begun, logit, average)
         )  # of catalogues in their order
         begun = end
+    assert average is not None
     nll = scores.normaliser - (1 - smoothing) * scores.chosen - smoothing * average
     return _sums(nll, scores.normaliser, target, task)
 
