@@ -38,7 +38,7 @@ from instructrec_jax.prepare import builder_of, expected_records
 
 PART_EVENTS = 1 << 16  # events of a part, about
 _COUNTS, _SHARDS = "counts.json", "shards.json"
-_KINDS = ("records", "written", "skipped", "words")  # of counts
+_KINDS = ("records", "written", "skipped", "words", "negatives")  # of counts
 
 
 class Task(NamedTuple):
@@ -70,7 +70,7 @@ class Render(beam.DoFn):
         """As Beam calls it."""
         stored, whole = _opened(self._folder, self._settings)
         builder = whole.over(stored.part(task.first, task.last))
-        builder.written, builder.skipped = Counter(), Counter()
+        builder.written, builder.skipped, builder.drawn = Counter(), Counter(), Counter()
         if isinstance(builder.words, TaughtWords):
             builder.words.counts = Counter()
         made, kinds = [], Counter()
@@ -78,7 +78,7 @@ class Render(beam.DoFn):
             kinds[shards.aspects(example)] += 1
             made.append(shards.serialise(example))
         words = builder.words.counts if isinstance(builder.words, TaughtWords) else Counter()
-        counts = zip(_KINDS, (kinds, builder.written, builder.skipped, words), strict=True)
+        counts = zip(_KINDS, (kinds, builder.written, builder.skipped, words, builder.drawn), strict=True)
         yield TaggedOutput("counts", Counter({(kind, name): n for kind, found in counts for name, n in found.items()}))
         yield task.number, made
 
@@ -144,7 +144,7 @@ def write(
         part_events: events of a part of the users, about. It changes no byte.
 
     Returns:
-        The manifest, and counts by name: ``written`` and ``skipped`` as of ``Builder``, ``words`` as of ``TaughtWords``.
+        The manifest, and counts by name: ``written`` and ``skipped`` as of ``Builder``, ``words`` as of ``TaughtWords``, ``negatives``.
 
     Raises:
         DataError, ConfigError: as ``records.write``.

@@ -195,7 +195,7 @@ def evaluate(
     payload = evaluate_run(run_dir, (*overrides, *extra), split=SPLIT_NAMES.index(split), say=say)
     if not hosts.first():
         return
-    for part in ("next_item", "search", "likelihood"):
+    for part in ("next_item", "search", "likelihood", "wordings"):
         if payload[part]:
             print_result(payload[part])
     if as_json:

@@ -83,7 +83,9 @@ class InstructionConfig:
     repeat_targets: bool = True  # items in the overlap of two windows are targets in both, with two lengths of context
     candidates: int = 10  # candidates of a T3 prompt, the target included
     # How the other items of T0, T1 and T3 training prompts are drawn
-    negatives: Literal["uniform", "popularity"] = "uniform"
+    negatives: Literal["uniform", "popularity", "file"] = "uniform"
+    # file: lists of a retriever, as `evaluate --recommendations` reads them; hard negatives are drawn from the first 100 of a list
+    negatives_file: str = ""
     # Most windows of a user (the newest), and most targets of a user in each other family; 0 = no limit
     max_per_user: int = 0
     copies: int = 1  # renderings of every sequential window, each with another wording
@@ -222,6 +224,8 @@ class TrainConfig:
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     batch_size: int = 32  # B, packed rows per step over all devices
     sequence_length: int = 128  # S, tokens per packed row
+    # Task, as named in the log, to the epoch at which it begins: {search: 0.5, rerank: 1}. The others begin at 0 (data/curriculum.py).
+    curriculum: dict[str, float] = field(default_factory=dict)
     accumulate: int = 1  # micro-batches per step, combined by sums and weights
     learning_rate: float = 2e-3
     warmup_steps: int = 100
@@ -275,11 +279,13 @@ class EvaluateConfig:
 
     protocol: Literal["full", "1+9", "1+99"] = "full"
     cutoffs: tuple[int, ...] = (1, 3, 5, 10, 20)
-    negatives: Literal["uniform", "popularity"] = "uniform"
+    negatives: Literal["uniform", "popularity", "file"] = "uniform"
+    negatives_file: str = ""  # file: lists of a retriever; the first of a user's list are the negatives
     negatives_seed: int = 0
     bootstrap: int = 2000  # resamples of users for the 95 % intervals
     batch_size: int = 64
     likelihood_users: int = 200  # users scored by the text likelihood too (slow); 0 = none
+    wording_cases: int = 300  # cases asked by every held-out wording too; 0 = none
     before_tuning: bool = True  # pretrained: the likelihood table also has the model as it was published
     baselines: tuple[str, ...] = ("popularity", "itemknn", "ease", "ease_last10", "slit", "bm25")
 
@@ -348,7 +354,8 @@ class Config:
         parts = [changed(self.data), changed(self.instructions)]
         parts += [{k: v for k, v in model.items() if k in names}]
         # The words in them decide, not only where they are.
-        parts += [_digest(path) for path in (*self.instructions.templates, *self.instructions.packs)]
+        files = (*self.instructions.templates, *self.instructions.packs, self.instructions.negatives_file)
+        parts += [_digest(path) for path in files if path]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 

@@ -1,10 +1,11 @@
 """Evaluation of a run: the tuned model beside the classic recommenders, on the same cases, with intervals.
 
-Three tables come out of one call:
+Four tables come out of one call:
 
 * *next item*: history in, ranking of the whole catalogue (``full``) or of frozen candidates (``1+9``, ``1+99``) out;
 * *search*: the wish is made from the target's own labels, so this measures finding what was described, not next-item prediction;
-* *likelihood*: the paper's method on ``1+9`` frozen candidates, for a fixed sample of cases.
+* *likelihood*: the paper's method on ``1+9`` frozen candidates, for a fixed sample of cases;
+* *wordings*: the first two by wordings of the instruction that were trained on and that were held out (``wordings.py``).
 
 A published language model that is tuned without item tokens has the first table only: titles ranked by likelihood on frozen
 candidates, after and before tuning.
@@ -27,7 +28,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from instructrec_jax import config as configs
-from instructrec_jax import prepare, retrieval
+from instructrec_jax import prepare, retrieval, wordings
 from instructrec_jax.data.privacy import user_keys
 from instructrec_jax.data.schema import SPLIT_NAMES, TEST, Cases, SplitData
 from instructrec_jax.errors import UserError
@@ -108,7 +109,7 @@ def against_negatives(s: Session, task: Task, n: int) -> tuple[str, Task]:
 def evaluate(run_dir: str | Path, overrides: Sequence[str] = (), *, split: int = TEST, say: Say) -> dict[str, Any]:
     """Evaluate a run's best checkpoint and write ``evaluation/<protocol>.json`` and the model's lists beside it.
 
-    Returns the content of that file (see ``docs/metrics.md``): ``next_item``, ``search`` and ``likelihood`` are
+    Returns the content of that file (see ``docs/metrics.md``): ``next_item``, ``search``, ``likelihood`` and ``wordings`` are
     ``EvaluationResult`` objects in JSON.
     """
     run_dir = path_of(run_dir)
@@ -133,10 +134,11 @@ def evaluate(run_dir: str | Path, overrides: Sequence[str] = (), *, split: int =
 
         fitted = fit_baselines(s, include_valid=split == TEST, say=say)
         next_item, ranked = _next_item(s, params, scorer, task, fitted, protocol, split, say)
-        search = likelihood = None
+        search = likelihood = worded = None
         if s.sizes.items:
             search = _search(s, scorer, cases, fitted, split, say)
             likelihood = _likelihood(s, scorer, cases, split, say) if settings.likelihood_users else None
+            worded = wordings.measure(s, scorer, cases, split, say) if settings.wording_cases else None
 
         model = ranked[MODEL]
         value = metrics.metrics_at(model.ranks, (10,))["ndcg@10"]
@@ -151,6 +153,7 @@ def evaluate(run_dir: str | Path, overrides: Sequence[str] = (), *, split: int =
             "next_item": next_item.to_json(),
             "search": search and search.to_json(),
             "likelihood": likelihood and likelihood.to_json(),
+            "wordings": worded and worded.to_json(),
             "heat_map": {
                 "rows": heat.rows,
                 "columns": heat.columns,
@@ -388,7 +391,7 @@ def _numbers(matrix: np.ndarray) -> list[list[float | None]]:
 def summary_json(payload: dict[str, Any]) -> dict[str, Any]:
     """The one JSON object of ``--json``: plain means by system, search and likelihood beneath their own keys."""
     out: dict[str, Any] = dict(EvaluationResult.from_json(payload["next_item"]).means())
-    for part in ("search", "likelihood"):
+    for part in ("search", "likelihood", "wordings"):
         if payload[part]:
             out[part] = EvaluationResult.from_json(payload[part]).means()
     out["protocol"] = payload["protocol"]

@@ -33,7 +33,7 @@ from instructrec_jax.instructions.example import InstructionExample
 from instructrec_jax.instructions.packs import clean_text
 from instructrec_jax.instructions.teacher import texts
 from instructrec_jax.instructions.teacher.cache import FILE, Cache
-from instructrec_jax.prepare import Prepared, load
+from instructrec_jax.prepare import NEGATIVES, Prepared, load
 from instructrec_jax.teach import folder_of
 
 _FIELDS = texts.Taught.__dataclass_fields__
@@ -159,6 +159,10 @@ def _rewrite(config: Config, prepared: Prepared, index: int) -> tuple[int, int]:
         features["index"][index] = -1
         features["value"][index] = 0
         np.savez(fresh / "user_features.npz", **features)
+        if (fresh / NEGATIVES).exists():
+            lists = np.load(fresh / NEGATIVES)
+            lists[index] = -1
+            np.save(fresh / NEGATIVES, lists)
         if (fresh / texts.TEXTS).exists():
             taught, shown = texts.read(fresh / texts.TEXTS)
             kept = texts.without(taught, prepared.data.user_ids[index], _by_title(prepared.data, index))

@@ -7,6 +7,7 @@ A prepared folder is complete or absent: everything is built beside it and moved
     tokenizer/         Hugging Face tokeniser
     item_features.npy  [I, Fc]; user_features.npz
     texts.parquet      what a teacher wrote, if instructions.teacher names a folder
+    negatives.npy      lists of hard negatives, if instructions.negatives_file names a file
     records/           instruction examples of the training split (ArrayRecord, a TFDS data set)
 """
 
@@ -34,6 +35,7 @@ from instructrec_jax.data.features import UserFeatures
 from instructrec_jax.data.schema import SplitData
 from instructrec_jax.data.splits import split
 from instructrec_jax.errors import ConfigError, DataError, UserError
+from instructrec_jax.evaluation.hard_negatives import read_lists
 from instructrec_jax.files import read_json, sha256, write_json
 from instructrec_jax.instructions.build import FAMILIES, Builder
 from instructrec_jax.instructions.example import InstructionExample
@@ -48,6 +50,7 @@ _FILES = (
     "user_features.npz",
     "tokenizer/tokenizer.json",
 )  # data/ and records/ have their own manifests
+NEGATIVES = "negatives.npy"  # int32 [U, k]: items of every user, best first, -1 = none
 _PART_EVENTS = 1 << 17  # events of a part of the users, about
 _TOKENIZER_SAMPLE = 20_000  # rendered examples that the tokeniser is trained on, beside all titles
 
@@ -82,6 +85,8 @@ def builder_of(data: SplitData, users: UserFeatures, config: Config, folder: Pat
         builder.words = TaughtWords(
             builder.words, data, folder / TEXTS, seed=settings.seed, history_items=settings.history_items
         )
+    if settings.negatives == "file":
+        builder.lists = np.load(folder / NEGATIVES, mmap_mode="r")
     return builder
 
 
@@ -126,6 +131,10 @@ def prepare(
 
         if config.instructions.teacher:  # a copy: the folder stands by itself, and its sum is on record
             shutil.copyfile(texts.verified(config.instructions.teacher), fresh / TEXTS)
+        if config.instructions.negatives == "file":
+            lists, found = read_lists(config.instructions.negatives_file, data, config.data.hash_ids)
+            say(f"  hard negatives: {found}")
+            np.save(fresh / NEGATIVES, lists)
         builder = builder_of(data, users, config, fresh)
         if config.model.pretrained:
             from instructrec_jax.models.hf.fetch import resolve
@@ -139,11 +148,15 @@ def prepare(
             manifest, counts = beam_engine().write(fresh, config, beam_options)
         else:
             manifest, counts = write_records(builder, config, fresh / "records", progress)
-        written, skipped, words = (dict(sorted(counts[kind].items())) for kind in ("written", "skipped", "words"))
+        written, skipped, words, drawn = (
+            dict(sorted(counts[kind].items())) for kind in ("written", "skipped", "words", "negatives")
+        )
         say(f"  {manifest['records']:,} instruction examples in {len(manifest['shards'])} shard(s)"
             + (f"; without words to say: {skipped}" if skipped else ""))  # fmt: skip
         if words:
             say("  words by " + ", ".join(f"{name} {count:,}" for name, count in words.items()))
+        if drawn:
+            say("  negatives: " + ", ".join(f"{count:,} {name}" for name, count in drawn.items()))
         write_json(
             fresh / "manifest.json",
             {
@@ -154,7 +167,10 @@ def prepare(
                 "examples": written,
                 "skipped": skipped,
                 "words": words,
-                "files": {name: sha256(fresh / name) for name in (*_FILES, TEXTS) if (fresh / name).exists()},
+                **({"negatives": drawn} if drawn else {}),
+                "files": {
+                    name: sha256(fresh / name) for name in (*_FILES, TEXTS, NEGATIVES) if (fresh / name).exists()
+                },
             },
         )
         if final.exists():
@@ -180,7 +196,7 @@ def _encoded(data: SplitData, config: Config, say: Say) -> Float[np.ndarray, "I 
 
 def _check_replaceable(folder: Path) -> None:
     """Only a folder that ``prepare`` wrote may be replaced as a whole."""
-    ours = {"manifest.json", "data", "records", "tokenizer", TEXTS, *_FILES}
+    ours = {"manifest.json", "data", "records", "tokenizer", TEXTS, NEGATIVES, *_FILES}
     if folder.exists() and (not folder.is_dir() or any(p.name not in ours for p in folder.iterdir())):
         raise ConfigError(
             f"{folder} is there and is not a prepared data set", remedy="choose another name or prepared folder"
@@ -218,7 +234,8 @@ def write_records(
         seed=config.instructions.seed,
         shard_records=config.instructions.shard_records,
     )
-    return manifest, {"written": builder.written, "skipped": builder.skipped, "words": words}
+    counts = {"written": builder.written, "skipped": builder.skipped, "words": words, "negatives": builder.drawn}
+    return manifest, counts
 
 
 def beam_engine() -> ModuleType:

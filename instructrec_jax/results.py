@@ -25,7 +25,7 @@ from instructrec_jax.files import path_of, read_json, write_atomic
 
 METRICS = ("ndcg@10", "hr@10", "mrr@10")
 SAMPLED_METRICS = ("hr@1", "hr@3", "hr@5", "ndcg@5")
-PARTS = ("next_item", "search", "likelihood")
+PARTS = ("next_item", "search", "likelihood", "wordings")
 # They differ between machines and seeds, or only measure.
 _PLACES = ("data.path", "prepared", "runs", "train.seed", "name")
 _OUTSIDE = ("evaluate", "mesh", "profile", "teacher")

@@ -19,12 +19,13 @@ from instructrec_jax.config import Config
 from instructrec_jax.data.loader import training_iterator
 from instructrec_jax.data.schema import VALID, Cases
 from instructrec_jax.errors import ConfigError, UserError
+from instructrec_jax.evaluation.hard_negatives import DEPTH, list_name, read_lists
 from instructrec_jax.evaluation.metrics import TargetRank, metrics_at, rank_of_target
 from instructrec_jax.files import path_of
 from instructrec_jax.fit_memory import CHOSEN, check_memory, fit_memory, load_memory
 from instructrec_jax.instructions.build import Builder
 from instructrec_jax.instructions.example import InstructionExample
-from instructrec_jax.instructions.negatives import negatives_name, sample_negatives
+from instructrec_jax.instructions.negatives import listed_negatives, negatives_name, sample_negatives
 from instructrec_jax.models import adapters, architecture
 from instructrec_jax.models.adapters import Tree
 from instructrec_jax.models.architecture import Architecture
@@ -242,6 +243,7 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
             batch_size=config.train.batch_size,
             sequence_length=config.train.sequence_length,
             seed=config.train.seed,
+            curriculum=config.train.curriculum,
             process_index=index,
             process_count=count,
             say=hosts.voice(say),
@@ -324,8 +326,26 @@ def case_histories(s: Session, cases: Cases) -> list[Int[np.ndarray, " n"]]:
 def frozen_negatives(
     s: Session, cases: Cases, histories: list[np.ndarray], n: int
 ) -> tuple[str, Int[np.ndarray, "cases n"]]:
-    """The protocol's name with sampler and seed, and ``n`` frozen negatives of each case."""
+    """The protocol's name with sampler and seed, and ``n`` frozen negatives of each case.
+
+    Hard ones are the first of a user's list that the case allows; the name says how many had to be uniform.
+    """
     settings, data = s.config.evaluate, s.prepared.data
+    if settings.negatives == "file":
+        lists, _ = read_lists(settings.negatives_file, data, s.config.data.hash_ids, k=n + DEPTH)
+        negatives, taken = listed_negatives(
+            lists[cases.user],
+            data.num_items,
+            histories,
+            n,
+            seed=settings.negatives_seed,
+            user=cases.user,
+            target=cases.target,
+            best=True,
+        )
+        uniform = 1 - float(taken.mean()) / n
+        name = f"1+{n} hard {list_name(settings.negatives_file)}"
+        return f"{name}, {100 * uniform:.2g} % uniform seed {settings.negatives_seed}" if uniform else name, negatives
     counts = data.train_popularity if settings.negatives == "popularity" else None
     negatives = sample_negatives(
         data.num_items,

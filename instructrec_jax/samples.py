@@ -97,6 +97,7 @@ def packed_batch(config: Config, step: int = 1) -> list[PackedRow]:
         batch_size=train.batch_size,
         sequence_length=train.sequence_length,
         seed=train.seed,
+        curriculum=train.curriculum,
     )
     try:
         batch = next(itertools.islice(batches, step - 1, None))

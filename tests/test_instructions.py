@@ -15,7 +15,7 @@ from instructrec_jax.errors import ConfigError
 from instructrec_jax.instructions.build import FAMILIES, KINDS, Builder, NothingToSay
 from instructrec_jax.instructions.example import FEATURE_SLOT, ITEM_SLOT, Feature
 from instructrec_jax.instructions.keyed import key, keys
-from instructrec_jax.instructions.negatives import negatives_name, sample_negatives
+from instructrec_jax.instructions.negatives import listed_negatives, negatives_name, sample_negatives
 from instructrec_jax.instructions.packs import Constraint, clean_text, load_domain
 from instructrec_jax.instructions.render import Slots, render
 from instructrec_jax.instructions.targets import Stage, targets, with_limits
@@ -663,3 +663,48 @@ def test_popular_negatives_are_popular():
         shown = [i for e in made if e.task == "T3" for i in e.candidates if i != e.target]
         mean[kind] = popularity[shown].mean()
     assert mean["popularity"] > mean["uniform"]
+
+
+# ------------------------------------------------------------------------------------------------------- hard negatives
+
+
+def test_hard_negatives_come_from_the_list_and_the_rest_is_uniform():
+    lists = np.asarray([[5, 3, 9, 5, 1, 7], [0, 1, -1, -1, -1, -1], [-1] * 6])
+    seen = [np.asarray([3]), np.asarray([1, 2]), np.asarray([4])]
+    user, target = np.arange(3), np.asarray([9, 8, 0])
+    settings = {"seed": 0, "user": user, "target": target}
+    best, taken = listed_negatives(lists, 12, seen, 3, **settings, best=True)
+    assert taken.tolist() == [3, 1, 0] and best[0].tolist() == [5, 1, 7] and best[1][0] == 0
+    for row in range(3):
+        assert len(set(best[row])) == 3 and not {target[row], *seen[row]} & set(best[row].tolist())
+    drawn, _ = listed_negatives(lists, 12, seen, 3, **settings)
+    assert set(drawn[0].tolist()) == {5, 1, 7}
+    alone, _ = listed_negatives(lists[1:2], 12, seen[1:2], 3, seed=0, user=user[1:2], target=target[1:2])
+    assert np.array_equal(drawn[1], alone[0])
+    with pytest.raises(ConfigError, match=r"10 negatives .* user 1 has only 9 of 12"):
+        listed_negatives(lists, 12, seen, 10, **settings)
+
+
+def test_hard_negatives_are_drawn_evenly_from_the_list():
+    cases = 4000
+    lists = np.tile(np.arange(20, 28), (cases, 1))
+    found, _ = listed_negatives(
+        lists, 50, [np.zeros(0, int)] * cases, 2, seed=1, user=np.arange(cases), target=np.full(cases, 3)
+    )
+    counts = np.bincount(found.ravel(), minlength=50)
+    assert counts[:20].sum() == 0 and (abs(counts[20:28] - 1000) < 5 * 1000**0.5).all()
+
+
+def test_training_prompts_show_hard_negatives():
+    data = small_split()
+    builder = Builder(data, replace(BOTH, rerank=2.0, pairwise=1.0, pointwise=2.0, candidates=4), "films")
+    # Far items first: every user is offered the same ten.
+    builder.lists = np.tile(np.arange(10, 20, dtype=np.int32), (data.num_users, 1))
+    made = [e for e in builder.training_examples() if e.candidates]
+    assert made and builder.drawn["listed"] > 5 * builder.drawn["uniform"]
+    for example in made:
+        trained = set(data.history(example.user).tolist())
+        others = set(example.candidates) - {example.target}
+        assert not others & trained and len(others) == len(example.candidates) - 1
+        left = set(range(10, 20)) - trained - {example.target}
+        assert len(others & left) == min(len(left), len(others))

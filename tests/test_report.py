@@ -161,7 +161,9 @@ def test_page_is_whole_and_alone(tmp_path):
     search = result("search full", ("model, wish", "bm25"))
     run = make_run(
         tmp_path,
-        evaluation(search=search.to_json(), likelihood=result("1+9").to_json()),
+        evaluation(
+            search=search.to_json(), likelihood=result("1+9").to_json(), wordings=result("wordings full").to_json()
+        ),
         evaluation("1+99 uniform seed 0"),
     )
     content = page(run)
@@ -170,7 +172,7 @@ def test_page_is_whole_and_alone(tmp_path):
     assert all(a.startswith("#") and a[1:] in found.ids for a in found.addresses)
     assert not re.search(r"https?:|url\((?!#)|@import", content)
     assert {"script", "iframe", "img", "link", "metadata"}.isdisjoint(found.tags)
-    assert found.tags.count("svg") == 2 + 4 + 1  # curves, a dot plot per table, Lorenz
+    assert found.tags.count("svg") == 2 + 5 + 1  # curves, a dot plot per table, Lorenz
     used = re.findall(r"url\(#([^)]+)\)", content)
     assert used and set(used) <= set(found.ids)
     assert [p.name for p in run.iterdir() if p.name.startswith(".")] == []

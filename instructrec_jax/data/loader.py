@@ -20,7 +20,7 @@ import contextlib
 import json
 import queue
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,7 @@ import grain
 import numpy as np
 from jaxtyping import Int32
 
+from instructrec_jax.data.curriculum import Curriculum, begins
 from instructrec_jax.data.records import Records
 from instructrec_jax.data.tokenise import FIELDS, encode_example, truncate
 from instructrec_jax.data.tokenizer import Text
@@ -277,30 +278,35 @@ def training_iterator(
     batch_size: int,
     sequence_length: int,
     seed: int,
+    curriculum: Mapping[str, float] | None = None,
     process_index: int = 0,
     process_count: int = 1,
     say: Callable[[str], None] = lambda _: None,
 ) -> TrainingBatches:
     """An endless iterator of packed batches for this process: ``batch_size // process_count`` rows each.
 
-    Each epoch is shuffled anew (seed + epoch). ``get_state`` / ``set_state`` are exact for the same number of processes; ``say`` is
-    told where another number makes the batches differ.
+    Each epoch is shuffled anew (seed + epoch); ``curriculum`` is as of ``TrainConfig``. ``get_state`` / ``set_state`` are exact for the
+    same number of processes; ``say`` is told where another number makes the batches differ.
 
     Raises:
         DataError: a shard is missing or damaged.
-        ConfigError: the batch does not divide over the processes, or there are fewer records than processes.
+        ConfigError: the batch does not divide over the processes, there are fewer records than processes, or the curriculum does not fit
+            the records.
     """
     if batch_size % process_count:
         raise ConfigError(
             f"train.batch_size = {batch_size} does not divide over {process_count} processes",
             remedy=f"use a multiple of {process_count}",
         )
-    source = TokenisedRecords(Records(records), text, sequence_length)
+    read = Records(records)
+    source = TokenisedRecords(read, text, sequence_length)
     if len(source) < process_count:
         raise ConfigError(f"{len(source)} records cannot feed {process_count} processes")
     rows = batch_size // process_count
     # Of Grain: a permutation of every epoch, any place of which is computed by itself.
     order: Any = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    if curriculum:
+        order = Curriculum(begins(read, curriculum), seed)
 
     def make(remaining: Remaining, given: int) -> Iterator[tuple[Batch, int]]:
         block: dict[int, np.ndarray] = {}  # of the place asked for and those after it

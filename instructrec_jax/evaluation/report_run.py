@@ -17,6 +17,7 @@ PARTS = {
     "next_item": "Next item",
     "search": "Search",
     "likelihood": "Likelihood of the text",
+    "wordings": "By wording of the instruction",
 }  # tables of an evaluation
 
 
@@ -48,7 +49,7 @@ class Evaluation:
 
     file: Path
     tree: dict[str, Any]
-    results: dict[str, EvaluationResult]  # "next_item", "search", "likelihood": those that are there
+    results: dict[str, EvaluationResult]  # by the keys of ``PARTS``: those that are there
 
     @property
     def protocol(self) -> str:

@@ -15,7 +15,7 @@ from instructrec_jax.data.schema import TRAIN, SplitData
 from instructrec_jax.instructions.aspects import INTENTIONS, PREFERENCES
 from instructrec_jax.instructions.example import Feature, InstructionExample
 from instructrec_jax.instructions.keyed import fraction, key, keys, mix, pick
-from instructrec_jax.instructions.negatives import sample_negatives
+from instructrec_jax.instructions.negatives import listed_negatives, sample_negatives
 from instructrec_jax.instructions.packs import Domain
 from instructrec_jax.instructions.prompts import KINDS, Features, NothingToSay, Prompter
 from instructrec_jax.instructions.render import ItemsAs, Slots
@@ -66,8 +66,11 @@ _SHOW_FEATURES = 0.75  # share of training prompts that show the features of use
 class Builder(Prompter):
     """Writes the training instructions of a data set. See ``Prompter`` for the arguments and for the other prompts.
 
-    ``written`` and ``skipped`` count what the last ``training_examples`` gave and could not give, by family.
+    ``written`` and ``skipped`` count what the last ``training_examples`` gave and could not give, by family. ``lists`` are the hard
+    negatives of ``instructions.negatives: file``, items of every user ``[U, k]``, and ``drawn`` counts the negatives from there.
     """
+
+    lists: Int[np.ndarray, "U k"] | None = None
 
     def __init__(
         self,
@@ -82,6 +85,7 @@ class Builder(Prompter):
         super().__init__(data, config, domain, features, items_as=items_as, candidates_as=candidates_as)
         self.written: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
+        self.drawn: Counter[str] = Counter()
         self._shares: dict[tuple[str, str, bool], dict[tuple[str, str], float]] = {}
 
     def over(self, part: SplitData) -> Builder:
@@ -135,7 +139,7 @@ class Builder(Prompter):
         Raises:
             ConfigError: the catalogue is too small for ``candidates``.
         """
-        self.written, self.skipped = Counter(), Counter()
+        self.written, self.skipped, self.drawn = Counter(), Counter(), Counter()
         parts = parts or self._whole
         plan = self.plan(parts)
         for stage in plan.stages:
@@ -231,7 +235,6 @@ class Builder(Prompter):
 
     def _family(self, stage: Stage, plan: Plan) -> Iterator[InstructionExample]:
         family, kind = stage.family, FAMILIES[stage.family].kind
-        popularity = plan.popularity if self.config.negatives == "popularity" else None
         chosen = targets(self.config.seed, stage, self.data, self.config.max_per_user)
         for ends in (chosen[at : at + _CHUNK] for at in range(0, len(chosen), _CHUNK)):
             users = self.data.user[ends]
@@ -240,19 +243,12 @@ class Builder(Prompter):
             shown: list[tuple[int, ...]] = [()] * len(ends)
             if kind in ("rerank", "pairwise", "pointwise"):
                 seen = [self._training_items(user) for user in users.tolist()]
+                n = {"rerank": self.shown("T3"), "pairwise": self.shown("T1"), "pointwise": 2}[kind]
+                others = self._negatives(people, self.data.item[ends], seen, n - 1, plan)
                 if kind == "pointwise":
-                    other = sample_negatives(
-                        self.data.num_items,
-                        seen,
-                        1,
-                        seed=self.config.seed,
-                        user=people,
-                        target=self.data.item[ends],
-                        popularity=popularity,
-                    )
-                    shown = [tuple(row) for row in other.tolist()]
+                    shown = [tuple(row) for row in others.tolist()]
                 else:
-                    shown = self.candidates(ends, seen, self.shown("T3" if kind == "rerank" else "T1"), popularity)
+                    shown = self.candidates(ends, seen, n, others)
             for end, user, place, candidates in zip(ends.tolist(), users.tolist(), numbers, shown, strict=True):
                 made = self._one(family, user, end, place, candidates)
                 if made is None:
@@ -260,6 +256,19 @@ class Builder(Prompter):
                     continue
                 self.written[family] += 1
                 yield made
+
+    def _negatives(
+        self, user: np.ndarray, target: np.ndarray, seen: list[np.ndarray], n: int, plan: Plan
+    ) -> Int[np.ndarray, "cases n"]:
+        """The other items of T0, T1 and T3 prompts, by ``instructions.negatives``."""
+        items, seed = self.data.num_items, self.config.seed
+        if self.lists is not None:
+            found, taken = listed_negatives(self.lists[user], items, seen, n, seed=seed, user=user, target=target)
+            self.drawn["listed"] += int(taken.sum())
+            self.drawn["uniform"] += int(n * len(target) - taken.sum())
+            return found
+        popularity = plan.popularity if self.config.negatives == "popularity" else None
+        return sample_negatives(items, seen, n, seed=seed, user=user, target=target, popularity=popularity)
 
     def _one(
         self, family: str, user: int, end: int, number: int, candidates: tuple[int, ...]

@@ -18,6 +18,61 @@ def negatives_name(n: int, *, popularity: bool = False, seed: int = 0) -> str:
     return f"1+{n} {'popularity' if popularity else 'uniform'} seed {seed}"
 
 
+def listed_negatives(
+    lists: Int[np.ndarray, "cases k"],
+    num_items: int,
+    exclude: Sequence[Int[np.ndarray, " seen"]],
+    n: int,
+    *,
+    seed: int,
+    user: Int[np.ndarray, " cases"],
+    target: Int[np.ndarray, " cases"],
+    best: bool = False,
+) -> tuple[Int[np.ndarray, "cases n"], Int[np.ndarray, " cases"]]:
+    """Hard negatives: ``n`` different items per case from its list, and uniform ones where the list has too few.
+
+    None is the target or in the case's ``exclude``. The draw of a case depends on (seed, user, target), its list and its own
+    excluded items only.
+
+    Args:
+        lists: items per case, best first; what is below 0 is no item.
+        num_items, exclude, n, seed, user, target: as in ``sample_negatives``.
+        best: the first ``n`` of the list instead of a draw.
+
+    Returns:
+        int32 ``[cases, n]``, those of the list first; and how many these are.
+
+    Raises:
+        ConfigError: as ``sample_negatives``.
+    """
+    out, taken = np.empty((len(target), n), np.int32), np.zeros(len(target), np.int64)
+    user, target = np.asarray(user, np.int64), np.asarray(target, np.int64)
+    case_keys = keys(seed, user, target)
+    chunk = max(1, _MASK_CELLS // max(num_items, 1))
+    for start in range(0, len(target), chunk):
+        rows = slice(start, min(start + chunk, len(target)))
+        banned, case_key, case = (
+            _banned(num_items, exclude[rows], target[rows], None),
+            case_keys[rows],
+            np.arange(start, rows.stop),
+        )
+        _check_room(banned, n, user[rows])
+        listed = np.maximum(lists[rows], 0)
+        at = np.arange(len(listed))[:, None]
+        good = (lists[rows] >= 0) & ~banned[at, listed] & ~_repeats(listed)
+        place = np.broadcast_to(np.arange(listed.shape[1], dtype=np.uint64), listed.shape)
+        order = place if best else mix_array(case_key[:, None] ^ mix_array(listed.astype(np.uint64)))
+        first = np.argsort(np.where(good, order, ~np.uint64(0)), axis=1, kind="stable")[:, :n]
+        chosen, real = np.take_along_axis(listed, first, axis=1), np.take_along_axis(good, first, axis=1)
+        out[rows, : first.shape[1]], taken[rows] = chosen, real.sum(1)
+        banned[np.broadcast_to(at, chosen.shape)[real], chosen[real]] = True
+        missing = n - taken[rows]
+        for count in np.unique(missing[missing > 0]).tolist():
+            short = np.flatnonzero(missing == count)
+            out[case[short], n - count :] = _draw(case_key[short], banned[short], count, None)
+    return out, taken
+
+
 def sample_negatives(
     num_items: int,
     exclude: Sequence[Int[np.ndarray, " seen"]],
@@ -60,16 +115,20 @@ def sample_negatives(
     for start in range(0, cases, chunk):
         rows = slice(start, min(start + chunk, cases))
         banned = _banned(num_items, exclude[rows], target[rows], weights)
-        free = num_items - banned.sum(1)
-        if (free < n).any():
-            worst = int(np.argmin(free))
-            raise ConfigError(
-                f"{n} negatives per case are asked for, but user {int(user[start + worst])} has only "
-                f"{int(free[worst])} of {num_items} items left to draw from",
-                remedy="ask for fewer negatives or candidates, or use a larger catalogue",
-            )
+        _check_room(banned, n, user[rows])
         out[rows] = _draw(case_keys[rows], banned, n, weights)
     return out
+
+
+def _check_room(banned: Bool[np.ndarray, "cases items"], n: int, user: Int[np.ndarray, " cases"]) -> None:
+    free = banned.shape[1] - banned.sum(1)
+    if (free < n).any():
+        worst = int(np.argmin(free))
+        raise ConfigError(
+            f"{n} negatives per case are asked for, but user {int(user[worst])} has only "
+            f"{int(free[worst])} of {banned.shape[1]} items left to draw from",
+            remedy="ask for fewer negatives or candidates, or use a larger catalogue",
+        )
 
 
 def _banned(

@@ -339,24 +339,17 @@ class Prompter:
         ends: Int[np.ndarray, " cases"],
         exclude: Sequence[Int[np.ndarray, " seen"]],
         n: int,
-        popularity: Int[np.ndarray, " items"] | None = None,
+        negatives: Int[np.ndarray, "cases n_minus_1"] | None = None,
     ) -> list[tuple[int, ...]]:
-        """The targets at events ``ends`` among n − 1 frozen negatives, in an order that has nothing to do with the target.
-
-        Negatives are uniform, or by ``popularity`` (counts).
-        """
+        """The targets at events ``ends`` among n − 1 negatives (frozen uniform ones if none are given), in an order that has
+        nothing to do with the target."""
         users, targets = self.data.user[ends], self.data.item[ends]
         ordinals = ends - self.data.offsets[users]
         users = users + self.data.first_user
-        negatives = sample_negatives(
-            self.data.num_items,
-            exclude,
-            n - 1,
-            seed=self.config.seed,
-            user=users,
-            target=targets,
-            popularity=popularity,
-        )
+        if negatives is None:
+            negatives = sample_negatives(
+                self.data.num_items, exclude, n - 1, seed=self.config.seed, user=users, target=targets
+            )
         shown = np.concatenate([targets[:, None], negatives], axis=1)
         order = np.argsort(
             keys(self.config.seed, _ORDER_SALT, users[:, None], ordinals[:, None], np.arange(n)), axis=1, kind="stable"

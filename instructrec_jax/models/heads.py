@@ -20,6 +20,8 @@ class Sizes(NamedTuple):
     items: int = 0  # I; 0 = a plain language model
     features: int = 0  # user-feature rows
     content: int = 0  # width of the item features
+    # Of several catalogues in one table: where each ends. A target is predicted among the items of its own; () = there is one.
+    spaces: tuple[int, ...] = ()
 
     @property
     def tables(self) -> dict[str, int]:
@@ -65,6 +67,15 @@ def item_logits(hidden: Float[Array, "B S D"], out: Output, count: int) -> Float
     logits = jnp.einsum("bsd,id->bsi", hidden.astype(jnp.float32), out.item_vectors, out_sharding=RULES.logits_bsv)
     logits = logits + out.item_bias
     return jnp.where(jnp.arange(logits.shape[-1]) < count, logits, -1e30)
+
+
+def spaces_of(index: Int[Array, "B S"], spaces: tuple[int, ...]) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
+    """First item of the catalogue that an item is in, and the one behind its last."""
+    starts, number = (0, *spaces[:-1]), jnp.zeros_like(index)
+    first, last = number, number + spaces[0]
+    for start, end in zip(starts[1:], spaces[1:]):
+        first, last = (jnp.where(index >= start, new, old) for new, old in ((start, first), (end, last)))
+    return first, last
 
 
 def rerank_logits(hidden: Float[Array, "B S D"], candidates: Int[Array, "B S C"], out: Output) -> Float[Array, "B S C"]:

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from instructrec_jax.models.architecture import Architecture
-from instructrec_jax.models.heads import Output, chosen_logits, item_logits, rerank_logits, word_logits
+from instructrec_jax.models.heads import Output, chosen_logits, item_logits, rerank_logits, spaces_of, word_logits
 from instructrec_jax.models.sharding import BATCH, lookup, rows_by_index
 from instructrec_jax.training.tiles import Scores, table_scores
 
+_NOBODY = -1e30  # the logit of an item that is not a candidate
 NUM_TASKS = 8  # task numbers are 1-based and small; 0 is padding
 
 
@@ -57,10 +58,18 @@ def word_loss(
     return sums_of(scores.normaliser - scores.chosen, scores.normaliser, target, task)
 
 
-def item_loss(out: Output, batch: dict[str, jax.Array], count: int, smoothing: float, chunk: int) -> Sums:
+def item_loss(
+    out: Output,
+    batch: dict[str, jax.Array],
+    count: int,
+    smoothing: float,
+    chunk: int,
+    spaces: tuple[int, ...] = (),
+) -> Sums:
     """Full-catalogue softmax cross-entropy −log R_target, summed over positions with an ``item_target``.
 
-    With smoothing ε the target distribution is (1 − ε) on the target and ε spread evenly over the ``count`` real items.
+    With smoothing ε the target distribution is (1 − ε) on the target and ε spread evenly over the ``count`` real items. With ``spaces``
+    (``Sizes``) the catalogue is the target's own.
     """
     if out.item_vectors is None or out.item_bias is None:
         return zero_sums()
@@ -69,22 +78,36 @@ def item_loss(out: Output, batch: dict[str, jax.Array], count: int, smoothing: f
     if chunk >= target.shape[1]:
         index = jnp.maximum(target - 1, 0)
         chosen = jnp.sum(hidden * lookup(vectors, index), axis=-1) + lookup(bias[:, None], index)[..., 0]
-        scores = Scores(chosen, jax.nn.logsumexp(item_logits(hidden, out, count), axis=-1))
+        scores = Scores(chosen, jax.nn.logsumexp(_own(item_logits(hidden, out, count), index, spaces), axis=-1))
     else:
         hidden, target, task = in_front(hidden, target, task)
         scores = table_scores(
-            hidden, target, vectors, bias, count=count, softcap=0.0, tiles=1, chunk=chunk, learns=True
+            hidden, target, vectors, bias, count=count, softcap=0.0, tiles=1, chunk=chunk, learns=True, spaces=spaces
         )  # fmt: skip
-    real = (jnp.arange(vectors.shape[0]) < count)[:, None]
-    mean_vector = jnp.sum(jnp.where(real, vectors, 0), axis=0) / count
-    mean_bias = jnp.sum(jnp.where(real[:, 0], bias, 0)) / count
-    average = jnp.einsum("bsd,d->bs", hidden, mean_vector) + mean_bias
+    average, begun = None, 0
+    for end in spaces or (count,):
+        number = jnp.arange(vectors.shape[0])
+        real = ((number >= begun) & (number < end))[:, None]
+        mean_vector = jnp.sum(jnp.where(real, vectors, 0), axis=0) / (end - begun)
+        mean_bias = jnp.sum(jnp.where(real[:, 0], bias, 0)) / (end - begun)
+        logit = jnp.einsum("bsd,d->bs", hidden, mean_vector) + mean_bias
+        average = (
+            logit if average is None else jnp.where(target > begun, logit, average)
+        )  # of catalogues in their order
+        begun = end
+    assert average is not None
     nll = scores.normaliser - (1 - smoothing) * scores.chosen - smoothing * average
     return sums_of(nll, scores.normaliser, target, task)
 
 
 def rerank_loss(
-    out: Output, batch: dict[str, jax.Array], count: int, candidates: int, teacher: float, chunk: int
+    out: Output,
+    batch: dict[str, jax.Array],
+    count: int,
+    candidates: int,
+    teacher: float,
+    chunk: int,
+    spaces: tuple[int, ...] = (),
 ) -> Sums:
     """−Σ_i R_i log P_i of the re-ranking head, summed over positions with an ``item_target``.
 
@@ -98,12 +121,14 @@ def rerank_loss(
     @jax.checkpoint
     def nll(hidden: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
         index = jnp.maximum(target - 1, 0)[..., None]
-        matching = jax.lax.stop_gradient(item_logits(hidden, out, count))
+        matching = jax.lax.stop_gradient(_own(item_logits(hidden, out, count), index[..., 0], spaces))
         matching = jax.reshard(matching, jax.P(BATCH, None, None))  # top_k needs the catalogue together
         own = jnp.arange(matching.shape[-1]) == index
         others, rivals = jax.lax.top_k(jnp.where(own, -jnp.inf, matching), min(candidates, count) - 1)
         listed = jnp.concatenate([jnp.sum(jnp.where(own, matching, 0), axis=-1, keepdims=True), others], axis=-1)
         logits = rerank_logits(hidden, jnp.concatenate([index, rivals], axis=-1), out)
+        if spaces:  # one that is smaller than the list has nobody to fill it with
+            logits = jnp.where(listed > _NOBODY, logits, _NOBODY)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         log_prob = logits - normaliser[..., None]
         taught = jnp.sum(jax.nn.softmax(listed, axis=-1) * log_prob, axis=-1) if teacher else 0.0
@@ -121,6 +146,15 @@ def rerank_loss(
         # The chunks behind all targets are skipped.
         total = jax.tree.map(jnp.add, total, jax.lax.cond(jnp.any(target[:, part] > 0), some, zero_sums))
     return total
+
+
+def _own(logits: Float[Array, "B S I"], index: Int[Array, "B S"], spaces: tuple[int, ...]) -> Float[Array, "B S I"]:
+    """The logits of the catalogue that a position's item is in; the others have no probability."""
+    if not spaces:
+        return logits
+    first, last = spaces_of(index[..., None], spaces)
+    number = jnp.arange(logits.shape[-1])
+    return jnp.where((number >= first) & (number < last), logits, _NOBODY)
 
 
 def in_front(hidden: jax.Array, target: jax.Array, task: jax.Array) -> list[jax.Array]:

@@ -13,6 +13,7 @@ from jax import P
 from jaxtyping import Array, Float, Int
 
 from instructrec_jax.config import Config, TrainConfig
+from instructrec_jax.errors import ConfigError
 from instructrec_jax.models.adapters import Tree, join, split, with_magnitudes
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.language_model import LanguageModel, Output, Sizes, apply, init_variables
@@ -109,17 +110,18 @@ def head_losses(
     arch: Architecture,
     learns: bool = True,
     sampled: tuple[Proposal, Array] | None = None,
+    spaces: tuple[int, ...] = (),
 ) -> tuple[Array, dict[str, Any]]:
     """The loss of a part of a batch, and its sums by head; ``totals`` are the whole batch's numbers of item and text targets, and
-    ``learns`` is whether the word head does; ``sampled``: the negatives of the step and what they were drawn from, where the loss on items
-    is not over the whole catalogue.
+    ``learns`` is whether the word head does. ``sampled``: the negatives of the step and what they were drawn from, where the loss on
+    items is not over the whole catalogue. ``spaces``: as of ``Sizes``.
 
     loss = w_item · Σ item_nll / Σ item targets + w_text · Σ text_nll / Σ text targets, and the re-ranking head's, over the item targets,
     where there is one. With a z-loss every nll of words and of the catalogue has z · log² Z beside it, Z being the softmax's normaliser
     (PaLM, arXiv 2204.02311, section 5).
     """
     if sampled is None:
-        item = losses.item_loss(out, batch, num_items, train.label_smoothing, train.logits_chunk)
+        item = losses.item_loss(out, batch, num_items, train.label_smoothing, train.logits_chunk, spaces)
     else:
         item = sampled_item_loss(out, batch, sampled[1], sampled[0], train)
     text = losses.word_loss(out, batch, train.logits_chunk, arch, tiles=train.vocab_tiles, learns=learns)
@@ -128,7 +130,7 @@ def head_losses(
     loss, sums = by_item + by_text, {"item": item._asdict(), "text": text._asdict()}
     if out.rerank_direction is not None:
         rerank = losses.rerank_loss(
-            out, batch, num_items, train.rerank_candidates, train.rerank_teacher, train.logits_chunk
+            out, batch, num_items, train.rerank_candidates, train.rerank_teacher, train.logits_chunk, spaces
         )
         loss = loss + train.rerank_loss_weight * rerank.loss / totals[0]
         sums["rerank"] = rerank._asdict()
@@ -154,6 +156,11 @@ def make_train_step(
     targets are spread. ``popularity``, training events of every item, is what negatives may be drawn by.
     """
     train = config.train
+    if sizes.spaces and train.item_loss != "full":
+        raise ConfigError(
+            f"train.item_loss = {train.item_loss} draws negatives from one catalogue, and there are {len(sizes.spaces)}",
+            remedy="set train.item_loss: full",
+        )
     given = proposal(train, num_items, popularity) if train.item_loss != "full" and sizes.items else None
     model = LanguageModel(arch, sizes, config.model, train=True)
     tx = optimizer(train)
@@ -169,7 +176,7 @@ def make_train_step(
 
         def micro_loss(params: Tree, micro: Batch, key: Array) -> tuple[Array, dict[str, Any]]:
             out = apply(model, join(params, frozen), micro, content, rngs={"dropout": key})
-            return head_losses(out, micro, totals, num_items, train, arch, learns, sampled)
+            return head_losses(out, micro, totals, num_items, train, arch, learns, sampled, sizes.spaces)
 
         loss, sums, grads = batch_gradients(micro_loss, state["params"], batch, key)
         updates, opt = tx.update(grads, state["opt"], state["params"])

@@ -18,6 +18,7 @@ from jax import P
 from jaxtyping import Array, Float, Int
 
 from instructrec_jax.errors import ConfigError
+from instructrec_jax.models.heads import spaces_of
 from instructrec_jax.models.sharding import BATCH, RULES
 
 _NONE = -1e30  # a logit without probability
@@ -38,6 +39,9 @@ class _Plan(NamedTuple):
     tiles: int
     chunk: int
     learns: bool  # whether anybody asks for the table's gradient
+    spaces: tuple[
+        int, ...
+    ] = ()  # where each of several tables in one ends: a target is scored among the rows of its own
 
 
 def check_tiles(rows: int, tiles: int, tensor: int) -> None:
@@ -66,6 +70,7 @@ def table_scores(
     tiles: int,
     chunk: int,
     learns: bool,
+    spaces: tuple[int, ...] = (),
 ) -> Scores:
     """The target's logit and the normaliser of softmax(table · h + bias), for positions whose target (row + 1) is not 0.
 
@@ -81,13 +86,14 @@ def table_scores(
         tiles: parts of the table.
         chunk: positions of every row whose logits exist at one time; divides S.
         learns: False where the table is frozen: its gradient is not computed.
+        spaces: as of ``Sizes``.
     """
     chunk = min(chunk, target.shape[1])
     if target.shape[1] % chunk:
         raise ValueError(
             f"train.sequence_length = {target.shape[1]} must be a multiple of train.logits_chunk = {chunk}"
         )
-    plan = _Plan(count, softcap, tiles, chunk, learns)
+    plan = _Plan(count, softcap, tiles, chunk, learns, spaces)
     return Scores(*_scores(plan, hidden, target, jax.reshard(table, RULES.table_vd), bias))
 
 
@@ -136,12 +142,15 @@ class _Tile(NamedTuple):
     rows: Float[Array, "T D"]
     bias: Float[Array, " T"] | None
 
-    def logits(self, plan: _Plan, hidden: Float[Array, "B C D"]) -> Float[Array, "B C T"]:
+    def logits(self, plan: _Plan, hidden: Float[Array, "B C D"], wanted: Int[Array, "B C"]) -> Float[Array, "B C T"]:
         raw = jnp.einsum("bcd,td->bct", hidden, self.rows, preferred_element_type=jnp.float32)
         if self.bias is not None:
             raw = raw + self.bias
         if plan.softcap:
             raw = plan.softcap * jnp.tanh(raw / plan.softcap)
+        if plan.spaces:
+            first, last = spaces_of(wanted[..., None] - 1, plan.spaces)
+            return jnp.where((self.numbers >= first) & (self.numbers < last), raw, _NONE)
         return jnp.where(self.numbers < plan.count, raw, _NONE)
 
     @property
@@ -181,7 +190,7 @@ def _forward_local(
         tile = tile_of(number)
 
         def compute(h: jax.Array, wanted: jax.Array, highest: jax.Array, total: jax.Array, chosen: jax.Array) -> tuple:
-            logits = tile.logits(plan, h)
+            logits = tile.logits(plan, h, wanted)
             higher = jnp.maximum(highest, jnp.max(logits, axis=-1))
             total = total * jnp.exp(highest - higher) + jnp.sum(jnp.exp(logits - higher[..., None]), axis=-1)
             hit = wanted[..., None] - 1 == tile.numbers
@@ -221,7 +230,7 @@ def _backward_local(
         tile = tile_of(number)
 
         def compute(so_far: tuple, by_h: jax.Array, h: jax.Array, wanted: jax.Array, total: jax.Array, *by: jax.Array):
-            logits = tile.logits(plan, h)
+            logits = tile.logits(plan, h, wanted)
             hit = wanted[..., None] - 1 == tile.numbers
             real = (wanted > 0)[..., None]
             probability = jnp.where(real, jnp.exp(logits - total[..., None]), 0.0)
