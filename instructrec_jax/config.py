@@ -176,7 +176,8 @@ class ModelConfig:
     remat: Literal["none", "dots", "qkv", "attention", "full", "least", "offload"] = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute; parameters are float32
     # Scores of queries and keys in memory ("reference") or in a kernel on the chip ("fused"; away from TPUs it is interpreted, for
-    # tests). "auto" = fused on TPUs. What the kernel cannot do goes the reference's way: see models/attention.py: attend.
+    # tests). "auto" = fused on TPUs, cuDNN's on NVIDIA GPUs in bfloat16. What these cannot do goes the reference's way: see
+    # models/attention.py: attend.
     attention: Literal["auto", "reference", "fused"] = "auto"
 
 
