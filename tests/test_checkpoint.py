@@ -82,19 +82,58 @@ def test_another_mesh_and_dtype(tmp_path: Path, dtype: str) -> None:
     checkpoints.close()
 
 
-def test_a_step_that_was_not_validated_is_replaced(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path)
+def test_a_step_that_is_validated_later_keeps_its_checkpoint(tmp_path: Path) -> None:
     one = state(make_mesh(MeshConfig()))
-    checkpoints.save(2, one, Position(), {}, None)
-    checkpoints.wait()
-    assert checkpoints.metrics(2) == {}
-    checkpoints.save(2, one, Position(5), {}, {"ndcg@10": 0.5})
-    checkpoints.wait()
-    assert checkpoints.metrics(2) == {"ndcg@10": 0.5} and checkpoints.best() == checkpoints.latest() == 2
-    place = Position()
-    checkpoints.restore(2, one, place)
-    assert place.place == 5
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, one, Position(), {}, {"ndcg@10": 0.1})
+    checkpoints.save(2, one, Position(5), {}, None)
     checkpoints.close()
+
+    again = Checkpoints(tmp_path, keep=1)
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "2").rglob("*")}
+    assert (again.metrics(2), again.best()) == ({}, 1)
+    again.add_metrics(2, {"ndcg@10": 0.5})
+    assert (again.metrics(2), again.best()) == ({"ndcg@10": 0.5}, 2)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "2").rglob("*")} == files, "nobody touched it"
+    again.save(3, one, Position(), {}, {"ndcg@10": 0.4})
+    again.close()
+
+    last = Checkpoints(tmp_path)
+    assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()) == [2, 3], "the best one is kept"
+    assert (last.best(), last.latest(), last.metrics(2)) == (2, 3, {"ndcg@10": 0.5})
+    place = Position()
+    last.restore(2, one, place)
+    assert place.place == 5
+    last.close()
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_no_moment_is_without_a_checkpoint(keep: int, tmp_path: Path) -> None:
+    """At every change of the folder, by any of the threads, as many steps are complete as are kept, once there were so many."""
+    seen = []
+
+    def steps() -> list[int]:
+        return sorted(int(name) for name in os.listdir(tmp_path) if name.isdigit())
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event in ("os.rename", "os.remove", "os.rmdir", "shutil.rmtree") and str(tmp_path) in str(arguments[0]):
+            seen.append((event, steps()))
+
+    watching = True
+    sys.addaudithook(lambda event, arguments: watch(event, arguments) if watching else None)
+    checkpoints = Checkpoints(tmp_path, keep=keep)
+    one = state(make_mesh(MeshConfig()))
+    for step in range(1, 6):
+        checkpoints.save(step, one, Position(), {}, None)
+        checkpoints.wait()
+        seen.append(("saved", steps()))
+    checkpoints.close()
+    watching = False
+    kinds = {event for event, _ in seen}
+    assert {"os.rename", "saved"} < kinds, "it was watched: steps come by a rename, and old ones go"
+    assert seen[-1][1] == list(range(6 - keep, 6))
+    first = next(i for i, (_, found) in enumerate(seen) if len(found) >= keep)
+    assert all(len(found) >= keep for _, found in seen[first:]), seen
 
 
 def test_what_a_kill_left_is_removed_by_the_run_alone(tmp_path: Path) -> None:
