@@ -280,7 +280,7 @@ def test_the_first_process_is_killed_in_a_save(data: Path, tmp_path: Path) -> No
     """It is the one that the others talk to: they end by themselves and say why, and the same command goes on."""
     run, config = tmp_path / "run", write_config(data, tmp_path, eval_every=12)
     arguments = ["train", config, "--run", str(run)]
-    ended = together(["killed-in-save", "none"], arguments, timeout=300)
+    ended = together(["killed-in-save", "none"], arguments)
     assert ended[0][0] == -signal.SIGKILL, ended[0][1]
     assert ended[1][0] == -signal.SIGABRT and "This most likely indicates that another task died" in ended[1][1], ended[
         1
@@ -297,7 +297,7 @@ def test_the_first_process_is_killed_in_a_save(data: Path, tmp_path: Path) -> No
 def test_a_loss_that_is_no_number_stops_all_in_the_same_window(data: Path, tmp_path: Path) -> None:
     """One process's chips give garbage after step 5: the loss is one for all, and nobody has to be told."""
     run, config = tmp_path / "run", write_config(data, tmp_path, log_every=3)
-    ended = together(["none", "broken-chip"], ["train", config, "--run", str(run)], timeout=300)
+    ended = together(["none", "broken-chip"], ["train", config, "--run", str(run)])
     windows = [re.findall(r"became NaN or infinite at step 6 .window 4..6.", output) for _, output in ended]
     assert [status for status, _ in ended] == [2, 2] and len(windows[0]) == 1 and windows[0] == windows[1], ended
     assert complete(run) == [4] and sorted(logged(run)) == [3]
