@@ -121,7 +121,7 @@ def test_groups_of_layers_keep_less() -> None:
         model = replace(MODEL, layers=16, layer_group=group, remat="full")
         with jax.set_mesh(mesh_of()):
             args = arguments(model, random_batch(16, 64))
-            memory = jax.jit(gradient_function(model, TRAIN)).lower(*args).compile().memory_analysis()
+            memory: Any = jax.jit(gradient_function(model, TRAIN)).lower(*args).compile().memory_analysis()
         held.append(memory.temp_size_in_bytes)
     one = 16 * 64 * MODEL.width * 4  # bytes of an input, float32
     assert held[0] - held[1] > (16 - 8) * one / 2, held
