@@ -194,9 +194,13 @@ class ModelConfig:
     scan_layers: bool = True
     # What of a layer is kept for the backward pass, from all to its input alone; offload: dots in the host's memory (models/remat.py).
     remat: Literal["none", "dots", "qkv", "attention", "full", "least", "offload"] = "none"
+    # Scanned layers that keep one input between them in training, not one each: 28 in groups of 4 keep 7 + 4, and are computed forward
+    # once more. Divides their number; 1 = each keeps its own.
+    layer_group: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute; parameters are float32
     # Scores of queries and keys in memory ("reference") or in a kernel on the chip ("fused"; away from TPUs it is interpreted, for
-    # tests). "auto" = fused on TPUs. What the kernel cannot do goes the reference's way: see models/attention.py: attend.
+    # tests). "auto" = fused on TPUs, cuDNN's on NVIDIA GPUs in bfloat16. What these cannot do goes the reference's way: see
+    # models/attention.py: attend.
     attention: Literal["auto", "reference", "fused"] = "auto"
 
 
@@ -345,7 +349,7 @@ class Config:
     @property
     def prepared_dir(self) -> Path:
         """Where ``data prepare`` writes this config's data set."""
-        return Path(self.prepared) / self.name
+        return path_of(self.prepared) / self.name
 
     def data_hash(self) -> str:
         """Hash of everything that decides the content of the prepared data."""

@@ -23,6 +23,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from instructrec_jax import config as configs
+from instructrec_jax.bucket import refuse
 from instructrec_jax.config import Config
 from instructrec_jax.data import records, store
 from instructrec_jax.data.privacy import user_keys
@@ -69,10 +70,12 @@ def forget(config: Config, user_id: str) -> Forgotten:
         user_id: as in the log; with ``data.hash_ids`` also as in the prepared data.
 
     Raises:
-        UserError: no such user (also where they were forgotten before), or another command works on the folder.
+        UserError: no such user (also where they were forgotten before), another command works on the folder, or it is in a
+            bucket.
         DataError: the data are not prepared with these settings, or damaged.
     """
     folder = config.prepared_dir
+    refuse(folder, "data forget")
     prepared = load(config)
     records.verify(prepared.records)
     data = prepared.data

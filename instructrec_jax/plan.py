@@ -10,6 +10,7 @@ from instructrec_jax.data.records import Records
 from instructrec_jax.data.tokenise import encode_example
 from instructrec_jax.errors import DataError
 from instructrec_jax.models import adapters
+from instructrec_jax.training import xla_flags
 from instructrec_jax.training.chips import CHIPS, Chip, topology_of
 from instructrec_jax.training.log import PEAKS
 from instructrec_jax.training.plan import Plan, make_plan
@@ -59,6 +60,7 @@ def _here() -> tuple[int, Chip | None]:
     """Number of devices of this machine, and what they are if it is known."""
     import jax
 
+    xla_flags.apply()  # this starts the backend, and whoever plans may train in the same process
     device = jax.devices()[0]
     kind = device.device_kind.lower()
     peak = next((peak for name, peak in PEAKS.items() if name in kind), None)

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from instructrec_jax import bucket
 from instructrec_jax.config import Config
 from instructrec_jax.data import features as feature_tables
 from instructrec_jax.data import records, sources, store, tokenizer
@@ -36,7 +37,7 @@ from instructrec_jax.data.schema import SplitData
 from instructrec_jax.data.splits import split
 from instructrec_jax.errors import ConfigError, DataError, UserError
 from instructrec_jax.evaluation.hard_negatives import read_lists
-from instructrec_jax.files import read_json, sha256, write_json
+from instructrec_jax.files import in_bucket, read_json, sha256, write_json
 from instructrec_jax.instructions.build import FAMILIES, Builder
 from instructrec_jax.instructions.example import InstructionExample
 from instructrec_jax.instructions.teacher import texts
@@ -115,7 +116,8 @@ def prepare(
         say(f"  {step.name}: {step.interactions[0]:,} → {step.interactions[1]:,} interactions, {step.users[0]:,} → {step.users[1]:,} "
             f"users, {step.items[0]:,} → {step.items[1]:,} items{'; ' + step.detail if step.detail else ''}")  # fmt: skip
 
-    fresh = final.with_name(f".{final.name}.{os.getpid()}")
+    beside = bucket.cache_root() if in_bucket(final) else final.parent
+    fresh = beside / f".{final.name}.{os.getpid()}"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
@@ -173,9 +175,13 @@ def prepare(
                 },
             },
         )
-        if final.exists():
-            shutil.rmtree(final)
-        fresh.replace(final)
+        if in_bucket(final):
+            say(f"  to {final}")
+            bucket.publish(fresh, final)
+        else:
+            if final.exists():
+                shutil.rmtree(final)
+            fresh.replace(final)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return load(config)
@@ -265,13 +271,16 @@ def _texts(data: SplitData, builder: Builder) -> Iterator[str]:
 
 
 def load(config: Config) -> Prepared:
-    """Load a prepared data set and check that it belongs to this config.
+    """Load a prepared data set and check that it belongs to this config. One in a bucket is copied to this machine's cache first.
 
     Raises:
         DataError: it is absent, incomplete, damaged, or was made with other data, instruction or feature settings.
     """
     folder = config.prepared_dir
     remedy = "run `instructrec data prepare CONFIG` with the same settings"
+    if in_bucket(folder):
+        folder = bucket.local_copy(folder)
+        remedy += f"; a copy that is damaged can be removed: {folder}"
     if not (folder / "manifest.json").is_file():
         raise DataError("there is no prepared data set here", file=folder, remedy=remedy)
     manifest = read_json(folder / "manifest.json", remedy)

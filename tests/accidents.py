@@ -4,6 +4,7 @@ none              nothing
 killed-in-save    SIGKILL while the second checkpoint is written in the background
 told-in-step      SIGTERM after the third step
 told-in-validation    SIGTERM between the first batches of the first validation
+broken-chip       its devices' parts of the weights are not numbers after the fifth step
 elsewhere         its run folder is another one, as on a machine without a shared disk
 losses            no command: 20 steps on slices of one stream of global batches, the losses as JSON
 """
@@ -55,6 +56,32 @@ def _killed_in_save() -> None:
     TrainingBatches.save = deadly
 
 
+def _broken_chip() -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from instructrec_jax.training import loop
+
+    def broken(weight: jax.Array) -> jax.Array:
+        parts = [jax.device_put(jnp.full_like(part.data, jnp.nan), part.device) for part in weight.addressable_shards]
+        return jax.make_array_from_single_device_arrays(weight.shape, weight.sharding, parts)
+
+    make, calls = loop.make_train_step, []
+
+    def make_broken(*arguments: Any) -> Any:
+        step = make(*arguments)
+
+        def run(state: Any, *rest: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 6:
+                state = {**state, "params": jax.tree.map(broken, state["params"])}
+            return step(state, *rest)
+
+        return run
+
+    loop.make_train_step = make_broken
+
+
 def losses(mesh: Any, steps: int) -> list[float]:
     """Losses of the first steps on a mesh, where this process feeds its rows of every batch of 16."""
     import jax
@@ -99,6 +126,8 @@ def main() -> None:
         return
     if what == "killed-in-save":
         _killed_in_save()
+    elif what == "broken-chip":
+        _broken_chip()
     elif what == "told-in-step":
         _told(lambda polls: len(polls) == 4)
     elif what == "told-in-validation":

@@ -7,6 +7,7 @@ import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import aot_train
 from aot_train import Compiled, collectives, largest
 
 from instructrec_jax import config as configs
+from instructrec_jax.training import xla_flags
 from instructrec_jax.training.chips import topology_of
 
 FULL = "configs/aot/qwen3_0.6b_full_v5e16.yaml"
@@ -138,6 +140,24 @@ def test_exit_status_and_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert aot_check.main([FULL, "--train.batch_size", "1024", "--no-search", "--json"]) == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert not found["fits"] and found["ratios"]["temp_gb_at_64"] is None and "largest_batch" not in found["ratios"]
+
+
+@pytest.mark.parametrize(("flags", "given"), [("", True), ("--xla_disable_hlo_passes=dce", False)])
+def test_the_step_is_compiled_with_the_flags_of_a_run(flags: str, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On stand-ins for chips; a flag that the user has set stays as it is."""
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    asked = []
+
+    def compiled(*, compiler_options: dict[str, str]) -> Any:
+        asked.append(compiler_options)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: enough is known")
+
+    step = SimpleNamespace(lower=lambda *_: SimpleNamespace(compile=compiled))
+    monkeypatch.setattr(aot_train, "make_train_step", lambda *_: step)
+    monkeypatch.setattr(aot_train.xla_flags, "missing", lambda platform, missing=xla_flags.missing: missing("tpu"))
+    config = configs.load(FULL, ["--mesh.fsdp", "8"])
+    aot_train.compile_step(config, topology_of("v5e-8"), jax.devices()[:8], 4)
+    assert asked == [xla_flags.TPU if given else {}]
 
 
 def test_mistakes_are_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,6 @@ import pytest
 from jax import P
 
 from instructrec_jax import config as configs
-from instructrec_jax import prepare
 from instructrec_jax.config import MeshConfig
 from instructrec_jax.errors import UserError
 from instructrec_jax.files import GrowingCopy, path_of, write_atomic
@@ -82,19 +83,58 @@ def test_another_mesh_and_dtype(tmp_path: Path, dtype: str) -> None:
     checkpoints.close()
 
 
-def test_a_step_that_was_not_validated_is_replaced(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path)
+def test_a_step_that_is_validated_later_keeps_its_checkpoint(tmp_path: Path) -> None:
     one = state(make_mesh(MeshConfig()))
-    checkpoints.save(2, one, Position(), {}, None)
-    checkpoints.wait()
-    assert checkpoints.metrics(2) == {}
-    checkpoints.save(2, one, Position(5), {}, {"ndcg@10": 0.5})
-    checkpoints.wait()
-    assert checkpoints.metrics(2) == {"ndcg@10": 0.5} and checkpoints.best() == checkpoints.latest() == 2
-    place = Position()
-    checkpoints.restore(2, one, place)
-    assert place.place == 5
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, one, Position(), {}, {"ndcg@10": 0.1})
+    checkpoints.save(2, one, Position(5), {}, None)
     checkpoints.close()
+
+    again = Checkpoints(tmp_path, keep=1)
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "2").rglob("*")}
+    assert (again.metrics(2), again.best()) == ({}, 1)
+    again.add_metrics(2, {"ndcg@10": 0.5})
+    assert (again.metrics(2), again.best()) == ({"ndcg@10": 0.5}, 2)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "2").rglob("*")} == files, "nobody touched it"
+    again.save(3, one, Position(), {}, {"ndcg@10": 0.4})
+    again.close()
+
+    last = Checkpoints(tmp_path)
+    assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()) == [2, 3], "the best one is kept"
+    assert (last.best(), last.latest(), last.metrics(2)) == (2, 3, {"ndcg@10": 0.5})
+    place = Position()
+    last.restore(2, one, place)
+    assert place.place == 5
+    last.close()
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_no_moment_is_without_a_checkpoint(keep: int, tmp_path: Path) -> None:
+    """At every change of the folder, by any of the threads, as many steps are complete as are kept, once there were so many."""
+    seen = []
+
+    def steps() -> list[int]:
+        return sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit())
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event in ("os.rename", "os.remove", "os.rmdir", "shutil.rmtree") and str(tmp_path) in str(arguments[0]):
+            seen.append((event, steps()))
+
+    watching = True
+    sys.addaudithook(lambda event, arguments: watch(event, arguments) if watching else None)
+    checkpoints = Checkpoints(tmp_path, keep=keep)
+    one = state(make_mesh(MeshConfig()))
+    for step in range(1, 6):
+        checkpoints.save(step, one, Position(), {}, None)
+        checkpoints.wait()
+        seen.append(("saved", steps()))
+    checkpoints.close()
+    watching = False
+    kinds = {event for event, _ in seen}
+    assert {"os.rename", "saved"} < kinds, "it was watched: steps come by a rename, and old ones go"
+    assert seen[-1][1] == list(range(6 - keep, 6))
+    first = next(i for i, (_, found) in enumerate(seen) if len(found) >= keep)
+    assert all(len(found) >= keep for _, found in seen[first:]), seen
 
 
 def test_what_a_kill_left_is_removed_by_the_run_alone(tmp_path: Path) -> None:
@@ -141,7 +181,7 @@ def test_growing_files_are_copied_as_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told to stop, continued and evaluated, all in a bucket of an emulated Google Cloud Storage."""
+    """Data prepared, a run told to stop and continued, evaluated, exported: in a bucket of an emulated Google Cloud Storage."""
     pytest.importorskip("gcsfs")
     server = pytest.importorskip("gcp_storage_emulator.server")
     port = free_port()
@@ -153,18 +193,26 @@ def test_a_run_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",  # gcsfs
         "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{port}",  # arrays
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
+        "INSTRUCTREC_CACHE": str(tmp_path / "cache"),
     }
     try:
         write_slice(tmp_path / "data", users=40)
-        config = tiny_config(tmp_path)
-        prepare.prepare(config, lambda _: None)
-        (tmp_path / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
+        tree = configs.to_dict(tiny_config(tmp_path)) | {"prepared": "gs://bucket/prepared"}
+        (tmp_path / "config.yaml").write_text(configs.dump(configs.from_dict(tree)), encoding="utf-8")
 
         def command(accident: str, *arguments: str) -> tuple[int, str]:
             words = [sys.executable, "-m", "tests.accidents", accident, *arguments]
             root = Path(__file__).parent.parent
             done = subprocess.run(words, env=environ, cwd=root, capture_output=True, text=True)
+            assert not (root / "gs:").exists(), "a path of a bucket was taken for one of the disk"
             return done.returncode, done.stdout + done.stderr
+
+        status, said = command("none", "train", str(tmp_path / "config.yaml"), "--runs", "gs://bucket/runs")
+        assert status == 2 and "there is no prepared data set here" in said, said
+        status, said = command("none", "data", "prepare", str(tmp_path / "config.yaml"))
+        assert status == 0 and "to gs://bucket/prepared/tiny" in said, said
+        own = next((tmp_path / "cache" / "prepared").iterdir())
+        shutil.rmtree(own)  # another machine has no copy yet
 
         train = ("train", str(tmp_path / "config.yaml"), "--runs")
         status, said = command("none", *train, "gs://no-such-bucket/runs")
@@ -177,5 +225,17 @@ def test_a_run_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert run.startswith("gs://bucket/runs/tiny-")
         status, said = command("none", "evaluate", run, "--json")
         assert status == 0 and "ndcg@10" in json.loads(said.splitlines()[-1])["model"], said
+        assert [p.name for p in own.parent.iterdir()] == [own.name], "one copy for all commands"
+        status, said = command("none", "recommend", run, "--item", "1", "-k", "3", "--json")
+        assert status == 0 and len(json.loads(said.splitlines()[-1])["items"]) == 3, said
+        status, said = command("none", "export", run, str(tmp_path / "out"), "--to", "hf")
+        assert status == 0 and (tmp_path / "out" / "model.safetensors").is_file(), said
+        status, said = command("none", "report", run)
+        assert status == 0 and f"report: {run}/report.html" in said, said
+        status, said = command("none", "data", "forget", str(tmp_path / "config.yaml"), "--user-id", "1")
+        assert status == 2 and "gcloud storage cp -r gs://bucket/prepared/tiny ." in said, said
+        names = [o["name"] for o in json.load(urlopen(f"http://127.0.0.1:{port}/storage/v1/b/bucket/o"))["items"]]
+        results = [name.rsplit("/", 1)[-1] for name in names if "/evaluation/" in name]
+        assert {"full.json", "full_model.csv.gz"} <= set(results), names
     finally:
         storage.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -272,6 +273,34 @@ def test_killed_in_a_save_and_continued_by_fewer_processes(data: Path, tmp_path:
     )
     assert complete(run)[-1] == 12 and sorted(logged(run)) == list(range(1, 13))
     assert not [p.name for p in (run / "checkpoints").iterdir() if not p.name.isdigit()], "what the kill left is gone"
+
+
+@pytest.mark.slow
+def test_the_first_process_is_killed_in_a_save(data: Path, tmp_path: Path) -> None:
+    """It is the one that the others talk to: they end by themselves and say why, and the same command goes on."""
+    run, config = tmp_path / "run", write_config(data, tmp_path, eval_every=12)
+    arguments = ["train", config, "--run", str(run)]
+    ended = together(["killed-in-save", "none"], arguments)
+    assert ended[0][0] == -signal.SIGKILL, ended[0][1]
+    assert ended[1][0] == -signal.SIGABRT and "This most likely indicates that another task died" in ended[1][1], ended[
+        1
+    ]
+    assert complete(run) == [4], "the step that was being saved is not there"
+
+    ended = together(["none"] * 2, arguments)
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert "resumed from step 4" in ended[0][1]
+    assert complete(run)[-1] == 12 and sorted(logged(run)) == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_stops_all_in_the_same_window(data: Path, tmp_path: Path) -> None:
+    """One process's chips give garbage after step 5: the loss is one for all, and nobody has to be told."""
+    run, config = tmp_path / "run", write_config(data, tmp_path, log_every=3)
+    ended = together(["none", "broken-chip"], ["train", config, "--run", str(run)])
+    windows = [re.findall(r"became NaN or infinite at step 6 .window 4..6.", output) for _, output in ended]
+    assert [status for status, _ in ended] == [2, 2] and len(windows[0]) == 1 and windows[0] == windows[1], ended
+    assert complete(run) == [4] and sorted(logged(run)) == [3]
 
 
 @pytest.mark.slow

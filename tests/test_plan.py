@@ -230,6 +230,31 @@ def test_bytes_grow_with_the_batch_and_with_what_is_kept() -> None:
     assert total("full", 4) < total("full", 8) < total("full", 16)
 
 
+def test_groups_of_layers() -> None:
+    config = configs.load(AOT[-2], ["--model.remat", "full"])
+    arch, sizes = architecture_of(config, 0)
+    plans = {}
+    for group in (1, 4, 7):
+        grouped = dataclasses.replace(config, model=dataclasses.replace(config.model, layer_group=group))
+        plans[group] = make_plan(grouped, arch, sizes, 16)
+    one = config.train.batch_size // 16 * config.train.sequence_length * arch.width * 2
+    kept = {group: plan.working["kept by the layers"] / one for group, plan in plans.items()}
+    assert kept == {1: arch.layers, 4: arch.layers // 4 + 4, 7: arch.layers // 7 + 7}
+    assert plans[4].moved[0].bytes == 1.5 * plans[1].moved[0].bytes, "weights are gathered once more"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"layer_group": 5}, "28 layers do not divide into groups.*= 5.*\n.*is 4"), ({"layer_group": 0}, "= 0"),
+     ({"layer_group": 4, "scan_layers": False}, "layers are not scanned")],
+)  # fmt: skip
+def test_groups_that_do_not_fit(changes: dict, message: str) -> None:
+    config = configs.load(AOT[-2])
+    arch, sizes = architecture_of(config, 0)
+    with pytest.raises(ConfigError, match=message):
+        make_plan(dataclasses.replace(config, model=dataclasses.replace(config.model, **changes)), arch, sizes, 16)
+
+
 def test_collectives_of_a_plan_by_hand() -> None:
     model = ModelConfig(
         pretrained="qwen3-0.6b", trainable=("adapter",), adapter=AdapterConfig(rank=4), dtype="bfloat16", remat="full"

@@ -187,6 +187,22 @@ assert not loaded & {"tensorflow", "torch", "pandas"}, loaded & {"tensorflow", "
     assert done.returncode == 0, done.stderr
 
 
+def test_reading_imports_nothing_in_the_thread_that_reads(finished):
+    """TFDS replaces the interpreter's import while it is imported itself; JAX imports parts of itself at the same time."""
+    script = """
+import sys, threading
+from pathlib import Path
+from instructrec_jax.data.records import Records
+records = Records(Path(sys.argv[1]))
+before = set(sys.modules)
+thread = threading.Thread(target=lambda: records.__getitems__([0, 1, 2]))
+thread.start(), thread.join()
+print(sorted(set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(finished)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------- what is damaged
 
 

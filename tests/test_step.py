@@ -102,6 +102,31 @@ def test_remat_changes_neither_loss_nor_gradients(remat: str, scan: bool) -> Non
     assert_same(*results, tolerance=1e-6)
 
 
+@pytest.mark.parametrize(("group", "sizes"), [(2, (1, 1, 1)), (3, (1, 2, 2))])
+def test_groups_of_layers_change_neither_parameters_nor_gradients(group: int, sizes: tuple[int, int, int]) -> None:
+    results = []
+    for model in (replace(MODEL, layers=6), replace(MODEL, layers=6, layer_group=group, remat="least")):
+        with jax.set_mesh(mesh_of(sizes)):
+            args = arguments(model, random_batch(16, 32))
+            loss, grads = jax.jit(gradient_function(model, TRAIN))(*args)
+            results.append((float(loss), jax.device_get(grads)))
+    assert jax.tree.structure(results[0][1]) == jax.tree.structure(results[1][1])
+    assert_same(*results, tolerance=1e-6)
+
+
+def test_groups_of_layers_keep_less() -> None:
+    """On a model of sixteen layers, whose inputs are most of what it keeps."""
+    held = []
+    for group in (1, 4):
+        model = replace(MODEL, layers=16, layer_group=group, remat="full")
+        with jax.set_mesh(mesh_of()):
+            args = arguments(model, random_batch(16, 64))
+            memory: Any = jax.jit(gradient_function(model, TRAIN)).lower(*args).compile().memory_analysis()
+        held.append(memory.temp_size_in_bytes)
+    one = 16 * 64 * MODEL.width * 4  # bytes of an input, float32
+    assert held[0] - held[1] > (16 - 8) * one / 2, held
+
+
 @pytest.mark.slow
 def test_remat_policies_keep_less_and_less() -> None:
     names = ("none", "dots", "qkv", "attention", "full")

@@ -32,6 +32,7 @@ from instructrec_jax.scoring.layout import Cost
 from instructrec_jax.scoring.runner import BLOCK
 from instructrec_jax.scoring.trees import CHUNK
 from instructrec_jax.scoring.trie import CatalogueTrie
+from instructrec_jax.training import xla_flags
 from instructrec_jax.training.mesh import make_mesh
 
 BF16 = 2  # bytes
@@ -225,8 +226,9 @@ class Compiler:
         start = time.perf_counter()
         call = Call(name, count)
         lowered = step.lower(*given, **static)
+        flags = xla_flags.missing(self.mesh.devices.flat[0].platform)
         try:
-            memory = lowered.compile().memory_analysis()
+            memory = lowered.compile(compiler_options=flags).memory_analysis()
             call.arguments, call.output = memory.argument_size_in_bytes, memory.output_size_in_bytes
             call.temporaries, call.peak = memory.temp_size_in_bytes, memory.peak_memory_in_bytes
         except jax.errors.JaxRuntimeError as error:

@@ -17,6 +17,7 @@ import numpy as np
 from aot_scorer import exhausted
 
 from instructrec_jax.config import Config
+from instructrec_jax.training import xla_flags
 from instructrec_jax.training.chips import Topology
 from instructrec_jax.training.mesh import check_plan, make_mesh, mesh_sizes
 from instructrec_jax.training.shapes import architecture_of, step_shapes
@@ -61,10 +62,11 @@ def compile_step(
     arch, sizes = architecture_of(config, items, users)
     check_plan(config, arch, sizes, len(devices))
     done = Compiled(rows)
+    flags = xla_flags.missing(devices[0].platform)  # those that a run on these devices has
     with jax.set_mesh(mesh):
         lowered = make_train_step(config, arch, sizes, items).lower(*step_shapes(config, arch, sizes))
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=flags)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

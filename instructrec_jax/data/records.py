@@ -167,7 +167,10 @@ class Records:
     """Random access to the verified examples: ``len`` and ``[]``, as Grain's ``MapDataset.source`` wants it."""
 
     def __init__(self, folder: str | Path):
+        # While TFDS is imported, the interpreter's own import is another one (etils' lazy imports), for all threads. So that happens
+        # here and not in the loader's thread, beside which JAX imports parts of itself.
         from array_record.python.array_record_data_source import ArrayRecordDataSource
+        from tensorflow_datasets.proto import tf_example_pb2  # noqa: F401
 
         self.manifest = verify(folder)
         files = [Path(folder) / NAME / VERSION / name for name in sorted(self.manifest["shards"])]

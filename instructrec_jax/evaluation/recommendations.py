@@ -28,6 +28,7 @@ from instructrec_jax.data.sources.values import as_numbers, as_text
 from instructrec_jax.errors import DataError, UserError, did_you_mean
 from instructrec_jax.evaluation import metrics
 from instructrec_jax.evaluation.table import Row
+from instructrec_jax.files import in_bucket, path_of
 
 COLUMNS = ("user_id", "item_id", "score", "rank")
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
@@ -195,7 +196,7 @@ def write_recommendations(
     Raises:
         UserError: another suffix, shapes that do not match, a NaN score, or an item outside the catalogue.
     """
-    path, user, lists = Path(path), np.asarray(user), np.asarray(lists)
+    path, user, lists = path_of(path), np.asarray(user), np.asarray(lists)
     _check_suffix(path)
     if lists.ndim != 2 or len(user) != len(lists) or (scores is not None and np.shape(scores) != lists.shape):
         raise UserError(f"lists {lists.shape}, users {user.shape} and scores {np.shape(scores)} do not match")
@@ -216,7 +217,7 @@ def write_recommendations(
         }
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=None if in_bucket(path) else path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
         if path.name.endswith(".parquet"):
@@ -224,6 +225,9 @@ def write_recommendations(
         else:
             with pa.output_stream(temporary, compression="gzip" if path.name.endswith(".gz") else None) as stream:
                 pyarrow.csv.write_csv(table, stream)
+        if in_bucket(path):  # an object appears when it is complete
+            path.write_bytes(Path(temporary).read_bytes())
+            return path
         umask = os.umask(0)
         os.umask(umask)
         Path(temporary).chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read

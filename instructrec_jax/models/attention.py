@@ -1,4 +1,6 @@
-"""Positions, masks and grouped-query attention: the reference that runs everywhere, and the kernel of ``tree_attention.py`` before it."""
+"""Positions, masks and grouped-query attention: the reference that runs everywhere, and before it the kernel of ``tree_attention.py`` on
+TPUs and cuDNN's on NVIDIA GPUs.
+"""
 
 from __future__ import annotations
 
@@ -154,6 +156,7 @@ def attend(
 
     ``path`` (see ``fuses``) may choose the kernel. It leaves to the reference, silently and for each part of a call by itself: dense
     masks (encoders, windows, cross-attention), a bias, a softcap, and lengths that are no multiples of 128 (decoding token by token).
+    cuDNN's (see ``by_cudnn``) leaves to it the same, and calls with a ``past``.
     The reference has weights ``[B, K, S, G, T]``; its backward pass computes them again: storing them for all layers costs more time (and
     far more memory) than the product of q and k.
     """
@@ -161,6 +164,8 @@ def attend(
     if not past:
         if _fits(path, q, k, mask, bias, softcap):
             return _fused(q, k, v, mask).read
+        if by_cudnn(path, q, mask, bias, softcap):
+            return _cudnn(q, k, v, mask)
         return jax.checkpoint(partial(_attend, softcap=softcap), prevent_cse=False)(q, k, v, mask, bias)
     parts = [_part(q, k, v, mask, bias, softcap, path)]
     for p in past:
@@ -292,3 +297,51 @@ def _fused(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> _Part:
         kernel, in_specs=specs, out_specs=(specs[0], P(*specs[0][:4])), check_vma=False
     )(q, k, v, until)  # fmt: skip
     return _Part(read, highest, jnp.ones_like(highest))
+
+
+# ----------------------------------------------------------------------------------------------------------------- cuDNN
+
+HALF = ("bfloat16", "float16")
+_WIDEST_HEAD = 128  # 256 from Hopper on
+_AMPERE = 8.0  # compute capability: cuDNN's flash attention starts with it
+
+
+def by_cudnn(path: Path, q: jax.Array, mask: jax.Array, bias: jax.Array | None, softcap: float) -> bool:
+    """Whether cuDNN's attention is taken: "auto" on an NVIDIA GPU from Ampere on, for packed rows and trees of an even length, in half
+    precision, with heads of a multiple of 8 up to 128. What it cannot do goes the reference's way (see ``attend``).
+    """
+    if path != "auto" or not _cuda() or mask.ndim != 2 or mask.dtype == bool or bias is not None or softcap:
+        return False
+    length, size = q.shape[1], q.shape[-1]
+    return q.dtype.name in HALF and length % 2 == 0 and size % 8 == 0 and size <= _WIDEST_HEAD
+
+
+def _cuda() -> bool:
+    if _platform() not in ("gpu", "cuda"):
+        return False
+    capability = getattr(jax.local_devices()[0], "compute_capability", None)  # like "9.0"; "gfx942" on AMD's
+    try:
+        return float(capability or 0) >= _AMPERE
+    except ValueError:
+        return False
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, until: jax.Array) -> jax.Array:
+    """cuDNN takes [B, S, heads, H], and the mask as numbers to add, [B, 1, S, S] in the compute type, the same for all heads.
+
+    (Its own form of packed rows is for Hopper alone, takes a fixed number of segments, and knows chains but no trees.)
+    """
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, until: jax.Array) -> jax.Array:
+        rows, length, kv_heads, groups, size = q.shape
+        # Causal besides: blocks of the mask's upper half are not visited.
+        read = jax.nn.dot_product_attention(
+            q.reshape(rows, length, kv_heads * groups, size), k, v,
+            mask=tree_mask(until)[:, None], scale=1.0, is_causal=True, implementation="cudnn",
+        )  # fmt: skip
+        return read.reshape(q.shape)
+
+    # What cuDNN gives is kept for the backward pass; its mask, the largest thing here, is made again.
+    local = jax.checkpoint(local, prevent_cse=False, policy=lambda primitive, *_, **__: "attention" in primitive.name)
+    specs = tuple(jax.typeof(x).sharding.spec for x in (q, k, v, until))
+    return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)(q, k, v, until)

@@ -194,16 +194,10 @@ def stack(
     Call it inside a compact method: the layers become children ``name`` (scanned) or ``layer_0``, ``layer_1``, ... of that module.
     """
     block = rematerialised(Block, options.remat)
+    if options.scan_layers and train and options.layer_group > 1:
+        return _grouped(arch, options, layers, decoder, name, x, own, shared)
     if options.scan_layers:
-        axes: Any = (0, nn.broadcast)
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=axes,
-            length=layers,
-        )
-        return scanned(arch, options, train, decoder, name=name)(x, own, shared)
+        return _scanned(block, layers)(arch, options, train, decoder, name=name)(x, own, shared)
     kept = []
     single = "layer" if name == "layers" else name.removesuffix("s")
     for layer in range(layers):
@@ -211,3 +205,61 @@ def stack(
         x, new = block(arch, options, train, decoder, name=f"{single}_{layer}")(x, mine, shared)
         kept.append(new)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
+
+
+def _scanned(module: Any, length: int) -> Any:
+    axes: Any = (0, nn.broadcast)
+    return nn.scan(
+        module,
+        variable_axes={"params": 0, "lora": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=axes,
+        length=length,
+    )
+
+
+class _Group(nn.Module):
+    """Some layers one after the other, of which a training step keeps the first one's input alone."""
+
+    arch: Architecture
+    options: ModelConfig
+    decoder: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, own: dict[str, Any], shared: dict[str, Any]) -> tuple[jax.Array, Any]:
+        layers = _scanned(rematerialised(Block, self.options.remat), self.options.layer_group)
+        return layers(self.arch, self.options, True, self.decoder, name="layers")(x, own, shared)
+
+
+def _grouped(
+    arch: Architecture,
+    options: ModelConfig,
+    layers: int,
+    decoder: bool,
+    name: str,
+    x: jax.Array,
+    own: dict[str, Any],
+    shared: dict[str, Any],
+) -> tuple[jax.Array, dict[str, KeysValues]]:
+    """The scanned layers in groups. Their parameters are stacked [L, ...] as without."""
+    size = options.layer_group
+    groups = layers // size
+
+    def split(leaf: jax.Array) -> jax.Array:
+        spec = jax.typeof(leaf).sharding.spec
+        return jnp.reshape(leaf, (groups, size, *leaf.shape[1:]), out_sharding=jax.P(None, *spec))
+
+    def merge(leaf: jax.Array) -> jax.Array:
+        spec = jax.typeof(leaf).sharding.spec
+        return jnp.reshape(leaf, (layers, *leaf.shape[2:]), out_sharding=jax.P(*spec[1:]))
+
+    def inside(variables: dict[str, Any]) -> dict[str, Any]:
+        return {kind: {"layers": jax.tree.map(split, tree)} for kind, tree in variables.items() if tree}
+
+    def outside(variables: dict[str, Any]) -> dict[str, Any]:
+        return {kind: jax.tree.map(merge, tree["layers"]) for kind, tree in variables.items() if tree}
+
+    group = _scanned(nn.remat(_Group, prevent_cse=False), groups)
+    mapped = nn.map_variables(group, ("params", "lora"), inside, outside, init=True, mutable=True)
+    x, kept = mapped(arch, options, decoder, name=name)(x, jax.tree.map(split, own), shared)
+    return x, jax.tree.map(merge, kept)

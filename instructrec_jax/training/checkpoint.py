@@ -10,6 +10,8 @@ import contextlib
 import logging
 import os
 import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +20,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from instructrec_jax.errors import UserError
-from instructrec_jax.files import in_bucket, path_of
+from instructrec_jax.files import in_bucket, path_of, read_json, write_json
 from instructrec_jax.training import hosts
 
 METRIC = "ndcg@10"
+VALIDATED = "validated.json"  # beside the steps: metrics of those that were saved before their validation was over
 
 
 class Checkpoints:
@@ -39,11 +42,10 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every phase of every save at INFO
         self.folder = path_of(folder) if in_bucket(folder) else Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
+        known = self.folder / VALIDATED
+        self._later = {int(k): v for k, v in read_json(known, "remove it").items()} if known.exists() else {}
         policies = ocp.training.preservation_policies
-        keepers = [
-            policies.LatestN(keep),
-            policies.BestN(get_metric_fn=lambda m: m[METRIC], n=1, keep_checkpoints_without_metrics=False),
-        ]
+        keepers = [policies.LatestN(keep), _Best(self._metrics_of)]
         if keep_every:
             keepers.append(policies.EveryNSteps(keep_every))
         self._checkpointer = ocp.training.Checkpointer(
@@ -61,20 +63,28 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the highest validation NDCG@10; the newest one if none was validated."""
-        scored = [(m[METRIC], -step) for step, m in self._all_metrics().items() if METRIC in m]
-        return -max(scored)[1] if scored else self.latest()
+        best = best_of(self._metrics_of(self._checkpointer.checkpoints))
+        return self.latest() if best is None else best
 
     def metrics(self, step: int) -> dict[str, float]:
         """Validation metrics recorded with a step."""
-        return self._all_metrics().get(step, {})
+        return self._metrics_of(self._checkpointer.checkpoints).get(step, {})
 
-    def _all_metrics(self) -> dict[int, dict[str, float]]:
-        return {int(c.step): dict(cast(Any, c.metrics) or {}) for c in self._checkpointer.checkpoints}
+    def _metrics_of(self, checkpoints: Sequence[Any]) -> dict[int, dict[str, float]]:
+        return {int(c.step): {**self._later.get(int(c.step), {}), **(c.metrics or {})} for c in checkpoints}
+
+    def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the validation metrics of a step that is saved already. Its checkpoint is not written again: that would leave a moment
+        without it.
+        """
+        self._later[step] = metrics
+        if hosts.first():
+            write_json(self.folder / VALIDATED, self._later)
 
     def save(self, step: int, state: Any, loader: Any, config: dict, metrics: dict[str, float] | None) -> None:
         """Start an asynchronous save (waits for the previous one). A failure surfaces at the next ``save`` or at ``close``.
 
-        A step that is there already is replaced: one that was saved before its validation was over.
+        What is not kept any longer is removed when the new step is complete.
         """
         self._checkpointer.save_checkpointables_async(
             step,
@@ -82,7 +92,6 @@ class Checkpoints:
             metrics=cast(Any, metrics or None),
             custom_metadata={"config": config},
             force=True,
-            overwrite=self.latest() == step,
         )
 
     def restore(self, step: int, state: Any, loader: Any) -> Any:
@@ -108,6 +117,24 @@ class Checkpoints:
     def close(self) -> None:
         """Finish the save in progress and release the threads."""
         self._checkpointer.close()
+
+
+def best_of(metrics: dict[int, dict[str, float]]) -> int | None:
+    """The step with the highest validation NDCG@10, the earliest of equal ones; None if none was validated."""
+    scored = [(m[METRIC], -step) for step, m in metrics.items() if METRIC in m]
+    return -max(scored)[1] if scored else None
+
+
+@dataclass(frozen=True)
+class _Best:
+    """Orbax's policy that keeps the best step; ``metrics_of`` knows what was recorded after a save, too."""
+
+    metrics_of: Callable[[Sequence[Any]], dict[int, dict[str, float]]]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        del context
+        best = best_of(self.metrics_of(checkpoints))
+        return [int(c.step) == best for c in checkpoints]
 
 
 def check_writable(folder: str | Path, needed_bytes: int) -> None:

@@ -146,7 +146,10 @@ def train(
         seconds = time.perf_counter() - begun
         log.write(step, {f"valid_{k}": v for k, v in best.items()} | {"valid_seconds": seconds})
         say(f"step {step}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in best.items()))
-        save(best)
+        if step == saved:  # by a call that was stopped while it validated
+            checkpoints.add_metrics(step, best)
+        else:
+            save(best)
 
     try:
         with ledger("step"):

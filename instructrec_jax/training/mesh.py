@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 
-from instructrec_jax.config import Config, MeshConfig
+from instructrec_jax.config import Config, MeshConfig, ModelConfig
 from instructrec_jax.errors import ConfigError
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.heads import Sizes
@@ -58,9 +58,31 @@ def check_plan(config: Config, arch: Architecture, sizes: Sizes, devices: int) -
                 f"train.{name} = {number} does not divide by train.{parts} = {by}",
                 remedy=f"the nearest train.{parts} that divides {number} is {nearest}",
             )
+    check_group(config.model, arch)
     check_divides(arch, mesh, t.batch_size // t.accumulate, sizes.tables)
     check_tiles(sizes.vocab, t.vocab_tiles, mesh["tensor"])
     return mesh
+
+
+def check_group(model: ModelConfig, arch: Architecture) -> None:
+    """Refuse groups of layers that do not divide.
+
+    Raises:
+        ConfigError: naming the nearest number that does.
+    """
+    group = model.layer_group
+    for layers in (arch.layers, arch.encoder_layers):
+        if group < 1 or layers % group:
+            nearest = max(n for n in range(1, max(group, 1) + 1) if layers % n == 0)
+            raise ConfigError(
+                f"{layers} layers do not divide into groups of model.layer_group = {group}",
+                remedy=f"the nearest number that divides them is {nearest}",
+            )
+    if group > 1 and not model.scan_layers:
+        raise ConfigError(
+            f"model.layer_group = {group}, but the layers are not scanned",
+            remedy="set model.scan_layers: true, or model.layer_group: 1",
+        )
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:

@@ -237,6 +237,13 @@ class _Part:
             "attention": start + queries,
         }.get(self.config.model.remat, start)
 
+    def kept_by_all(self) -> int:
+        """Bytes that all layers keep: each its own, or each group its input, and those of one group what is theirs."""
+        group = self.config.model.layer_group
+        if group == 1:
+            return self.kept() * self.layers
+        return self.layers // group * self.hidden + group * self.kept()
+
     def working(self) -> dict[str, int]:
         """Bytes by name, at the fullest moment: the backward pass of the first layers."""
         a, remat = self.arch, self.config.model.remat
@@ -256,7 +263,7 @@ class _Part:
         cast = self._layers_bytes(gathered=False) if self._casts() else 0
         parts = {
             "gradients": _bytes(self.shapes.state["params"]) * (2 if self.config.train.accumulate > 1 else 1),
-            "kept by the layers": self.kept() * self.layers,
+            "kept by the layers": self.kept_by_all(),
             "weights in use": gathered + cast + self._dequantised(),
         }
         head = self._head()
@@ -291,6 +298,7 @@ class _Part:
         """The collectives of a step; an axis of size 1 has none."""
         t, mesh = self.config.train, self.mesh
         micro, layers, remat = t.accumulate, self.layers, self.config.model.remat
+        grouped = int(self.config.model.layer_group > 1)  # forward once more
         out = []
         leaves = self._in_layers(join(self.shapes.state["params"], self.shapes.frozen))
         matrices = len([x for x in leaves if "fsdp" in x.sharding.spec])
@@ -298,7 +306,7 @@ class _Part:
         learnt += jax.tree.leaves(self.shapes.state["params"].get("lora", {}))
         table = self.sizes.vocab // mesh["tensor"] * self.arch.width
         if mesh["fsdp"] > 1:
-            passes = 1 if remat == "none" else 2
+            passes = (1 if remat == "none" else 2) + grouped
             whole = self._layers_bytes(gathered=True)
             count = matrices * (layers if self.config.model.scan_layers else 1)
             out.append(
@@ -314,7 +322,7 @@ class _Part:
                     Moved("gradient of the word head", "reduce", "fsdp", micro * t.vocab_tiles, micro * table * 4)
                 )
         if mesh["tensor"] > 1:
-            passes = 4 if remat == "none" else 6  # two sums a layer: forward, again, backward
+            passes = (4 if remat == "none" else 6) + 2 * grouped  # two sums a layer: forward, again, backward
             out.append(
                 Moved(
                     "activations",

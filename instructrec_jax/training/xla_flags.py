@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 MIB = 2**20
 
@@ -52,15 +52,18 @@ def apply(platform: str | None = None, environ: MutableMapping[str, str] = os.en
     Returns:
         The flags added, like ``--xla_gpu_enable_latency_hiding_scheduler=true``.
     """
-    if not TRIED[0] <= _jaxlib() <= TRIED[1]:
-        return []
-    given = environ.get("XLA_FLAGS", "").split()
-    names = {flag.removeprefix("--").split("=")[0] for flag in given}
-    wanted = FLAGS.get(platform or accelerator(environ), {})
-    added = [f"--{name}={value}" for name, value in wanted.items() if name not in names]
+    added = [f"--{name}={value}" for name, value in missing(platform or accelerator(environ), environ).items()]
     if added:
-        environ["XLA_FLAGS"] = " ".join(given + added)
+        environ["XLA_FLAGS"] = " ".join([*environ.get("XLA_FLAGS", "").split(), *added])
     return added
+
+
+def missing(platform: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The platform's flags that ``XLA_FLAGS`` does not set. As ``compiler_options`` they hold for one compilation, in any process."""
+    if not TRIED[0] <= _jaxlib() <= TRIED[1]:
+        return {}
+    names = {flag.removeprefix("--").split("=")[0] for flag in environ.get("XLA_FLAGS", "").split()}
+    return {name: value for name, value in FLAGS.get(platform, {}).items() if name not in names}
 
 
 def accelerator(environ: MutableMapping[str, str] = os.environ) -> str:
