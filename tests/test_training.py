@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from instructrec_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from instructrec_jax.errors import ConfigError, UserError
 from instructrec_jax.models import architecture
 from instructrec_jax.models.language_model import item_logits, word_logits
+from instructrec_jax.training import loop
 from instructrec_jax.training import loss as losses
 from instructrec_jax.training.checkpoint import Checkpoints, check_writable
 from instructrec_jax.training.mesh import make_mesh
@@ -200,6 +202,30 @@ def test_a_loss_that_is_not_finite_stops_with_the_window(prepared: Path, tmp_pat
     config = tiny_config(prepared, learning_rate=1e30, warmup_steps=1)
     with pytest.raises(UserError, match=r"NaN or infinite at step \d+ \(window \d+\.\.\d+\)"):
         run.train_run(config, tmp_path, lambda _: None)
+
+
+def test_a_state_that_is_not_finite_is_not_saved(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line that would tell it comes at step 8, and a checkpoint would be due at steps 2, 4 and 6."""
+    make, calls = loop.make_train_step, []
+
+    def make_broken(*arguments: Any) -> Any:
+        step = make(*arguments)
+
+        def run(state: Any, *rest: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 3:
+                state = {**state, "params": jax.tree.map(lambda x: x * jnp.nan, state["params"])}
+            return step(state, *rest)
+
+        return run
+
+    monkeypatch.setattr(loop, "make_train_step", make_broken)
+    config = tiny_config(prepared, log_every=8, eval_every=8)
+    with pytest.raises(UserError, match=r"NaN or infinite at step 3 \(window 1\.\.4\)"):
+        run.train_run(config, tmp_path, lambda _: None)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
 def test_chunk_and_accumulation_must_divide(prepared: Path, tmp_path: Path) -> None:

@@ -149,26 +149,32 @@ class Window:
         """Take one step's metrics without waiting for them."""
         self._metrics.append(metrics)
 
-    def summary(
-        self, step: int, config: Config, arch: Architecture, sizes: Sizes, passes: int, peak: float
-    ) -> dict[str, float]:
-        """Means over the window, after checking that every step was finite; its time is that of steps and of waiting for batches.
+    def check(self, step: int) -> list[dict[str, Any]]:
+        """The metrics of the steps up to ``step``, after checking that each was finite; waits for them.
 
         Raises:
             UserError: a loss or gradient that is not finite, with the step and the window.
         """
         host = jax.device_get(self._metrics)
+        fine = np.asarray([np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"]) for m in host], bool)
+        if not fine.all():
+            start = step - len(host) + 1
+            raise UserError(
+                f"loss or gradient became NaN or infinite at step {start + int(np.argmin(fine))} (window {start}..{step})",
+                remedy="resume from the last checkpoint with a lower train.learning_rate, or more train.warmup_steps",
+            )
+        return host
+
+    def summary(
+        self, step: int, config: Config, arch: Architecture, sizes: Sizes, passes: int, peak: float
+    ) -> dict[str, float]:
+        """Means over the window, after ``check``; its time is that of steps and of waiting for batches."""
+        host = self.check(step)
         spent = {kind: now - self._before[kind] for kind, now in self._ledger.seconds().items()}
         # A window of one step may have nothing but the one that compiles.
         seconds = spent["step"] + spent["data"] + (spent["compile"] if len(host) == 1 else 0.0)
         loss = np.asarray([m["loss"] for m in host])
         norm = np.asarray([m["grad_norm"] for m in host])
-        if not (np.isfinite(loss).all() and np.isfinite(norm).all()):
-            bad = step - len(host) + 1 + int(np.argmax(~(np.isfinite(loss) & np.isfinite(norm))))
-            raise UserError(
-                f"loss or gradient became NaN or infinite at step {bad} (window {step - len(host) + 1}..{step})",
-                remedy="resume from the last checkpoint with a lower train.learning_rate, or more train.warmup_steps",
-            )
 
         def total(name: str) -> Any:
             return sum(np.asarray(m[name], np.float64) for m in host)

@@ -128,6 +128,7 @@ def train(
 
     def save(values: dict[str, float] | None) -> None:
         nonlocal saved
+        window.check(step)  # no checkpoint has a state that is not finite
         with ledger("checkpoint"):
             checkpoints.save(step, state, batches, to_dict(config), values)
         log.write(step, ledger.values())
