@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -60,6 +60,7 @@ class Budget:
     patience: int = 10  # passes without a better validation NDCG@10 before it ends
     users: int = 2000  # most validation cases after each pass, a fixed sample
     seed: int = 0
+    say: Callable[[str], None] | None = None  # takes a line of progress every now and then
 
 
 def training_events(data: SplitData, include_valid: bool) -> np.ndarray:

@@ -26,7 +26,7 @@ class BPR:
     name = "bpr"
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {
         "factors": (64, 32, 128),
-        "learning_rate": (0.05, 0.01, 0.02, 0.1),
+        "learning_rate": (0.01, 0.005, 0.02, 0.05),
         "regularization": (0.01, 0.001, 0.03, 0.1),
         "iterations": (100, 50, 200, 400),
     }
@@ -34,7 +34,7 @@ class BPR:
     def __init__(
         self,
         factors: int = 64,
-        learning_rate: float = 0.05,
+        learning_rate: float = 0.01,
         regularization: float = 0.01,
         iterations: int = 100,
         seed: int = 0,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,8 +18,10 @@ from instructrec_jax.retrieval.base import Budget
 from instructrec_jax.training.mesh import make_mesh
 
 Params = dict[str, Any]
+Epoch = Callable[[Any, int], Any]  # state, number from 1 -> state
 Score = Callable[[Any, list[np.ndarray], np.ndarray], np.ndarray]  # parameters, histories, users -> [cases, I]
 _BLOCK = 512  # cases scored at a time
+_QUIET = 15  # seconds between lines of progress
 
 
 @contextlib.contextmanager
@@ -27,29 +31,59 @@ def one_device() -> Iterator[None]:
         yield
 
 
-def run_epochs(
-    state: Any,
-    epoch: Callable[[Any, int], Any],
-    params_of: Callable[[Any], Params],
+class Fitted(NamedTuple):
+    """What a fit gives."""
+
+    params: Params  # on the host
+    epochs: int  # that they were trained for
+    curve: list[float]  # validation NDCG@10 after every epoch of the fit that chose their number
+
+
+def fitted(
+    training: Callable[[bool], tuple[Any, Epoch]],
     validate: Callable[[Params], float] | None,
     budget: Budget,
-) -> tuple[Params, int, list[float]]:
-    """Epochs until validation has not improved for ``budget.patience`` of them: (best parameters on the host, their epoch, curve).
+    *,
+    include_valid: bool,
+    epochs: int | None,
+) -> Fitted:
+    """Train for as long as validation says, or for ``epochs``; with ``include_valid`` then once more, on all events for as long.
 
-    Without ``validate`` all ``budget.epochs`` are run and the last parameters are the best.
+    Args:
+        training: (first state, function of an epoch) without or with the validation events; a state begins with the parameters.
+        validate: mean NDCG@10 of parameters; None where there are no validation cases: then all of the budget is used.
+        budget: most epochs, patience.
+        include_valid: what ``fit`` was asked for.
+        epochs: a number chosen before; None = choose.
     """
-    best: Params | None = None
-    chosen, curve = budget.epochs, []
+    if epochs is not None:
+        return run_epochs(*training(include_valid), None, replace(budget, epochs=epochs))
+    if validate is None or not include_valid:
+        return run_epochs(*training(include_valid), validate, budget)
+    _, chosen, curve = run_epochs(*training(False), validate, budget)
+    return run_epochs(*training(True), None, replace(budget, epochs=chosen))._replace(curve=curve)
+
+
+def run_epochs(state: Any, epoch: Epoch, validate: Callable[[Params], float] | None, budget: Budget) -> Fitted:
+    """Epochs until validation has not improved for ``budget.patience`` of them; the best parameters are kept, without validation the
+    last.
+    """
+    best, chosen, curve = None, budget.epochs, []
+    said = time.monotonic()
     for number in range(1, budget.epochs + 1):
         state = epoch(state, number)
-        if validate is None:
-            continue
-        curve.append(validate(params_of(state)))
-        if best is None or curve[-1] > curve[chosen - 1]:
-            best, chosen = jax.tree.map(np.asarray, params_of(state)), number
-        elif number - chosen >= budget.patience:
-            break
-    return best if best is not None else jax.tree.map(np.asarray, params_of(state)), chosen, curve
+        value = ""
+        if validate is not None:
+            curve.append(validate(state[0]))
+            value = f", validation ndcg@10 {curve[-1]:.4f}"
+            if best is None or curve[-1] > curve[chosen - 1]:
+                best, chosen = jax.tree.map(np.asarray, state[0]), number
+            elif number - chosen >= budget.patience:
+                break
+        if budget.say is not None and time.monotonic() - said > _QUIET:
+            said = time.monotonic()
+            budget.say(f"    epoch {number} of at most {budget.epochs}{value}")
+    return Fitted(best if best is not None else jax.tree.map(np.asarray, state[0]), chosen, curve)
 
 
 def validation(data: SplitData, score: Score, budget: Budget) -> Callable[[Params], float] | None:

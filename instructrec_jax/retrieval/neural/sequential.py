@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -81,21 +80,17 @@ class Sequential:
         Raises:
             UserError: no user has two training events.
         """
-        from instructrec_jax.retrieval.neural.fitting import one_device, run_epochs, validation
+        from instructrec_jax.retrieval.neural.fitting import fitted, one_device, validation
 
         self._items = data.num_items
         with one_device():
-            budget, validate = self.budget, None
-            if self.epochs is None:
-                validate = validation(data, lambda params, histories, users: self._score(params, histories), budget)
-            if self.epochs is not None or validate is None or not include_valid:
-                budget = budget if self.epochs is None else replace(budget, epochs=self.epochs)
-                found = run_epochs(*self._training(data, include_valid), _first, validate, budget)
-                self.params, self.epochs, self.curve = found
-                return self
-            _, chosen, self.curve = run_epochs(*self._training(data, False), _first, validate, budget)
-            budget = replace(budget, epochs=chosen)
-            self.params, self.epochs, _ = run_epochs(*self._training(data, True), _first, None, budget)
+            self.params, self.epochs, self.curve = fitted(
+                lambda with_valid: self._training(data, with_valid),
+                validation(data, lambda params, histories, users: self._score(params, histories), self.budget),
+                self.budget,
+                include_valid=include_valid,
+                epochs=self.epochs,
+            )
         return self
 
     def _training(self, data: SplitData, include_valid: bool) -> tuple[Any, Any]:
@@ -198,10 +193,6 @@ class GRU4Rec(Sequential):
     def __init__(self, layers: int = 1, **options: Any) -> None:
         """As ``Sequential``, with one layer."""
         super().__init__(layers=layers, **options)
-
-
-def _first(state: tuple) -> Any:
-    return state[0]
 
 
 def _put(ids: np.ndarray) -> Any:
