@@ -215,7 +215,7 @@ def file_name(protocol: str, split: int = TEST) -> str:
     return name if split == TEST else f"{name}_{SPLIT_NAMES[split]}"
 
 
-def fit_baselines(s: Session, *, include_valid: bool, say: Say) -> dict[str, tuple[retrieval.Recommender, float]]:
+def fit_baselines(s: Measured, *, include_valid: bool, say: Say) -> dict[str, tuple[retrieval.Recommender, float]]:
     """The configured baselines, and all that were tuned on these data, fitted, with their fit seconds.
 
     What was tuned has its tuned settings, and the seconds of its own fit. One that cannot be fitted here is named and left out.

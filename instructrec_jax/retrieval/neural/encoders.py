@@ -63,7 +63,8 @@ class SASRecEncoder(Encoder):
         places = param(self, "positions", 0.02, (self.length, self.width), RULES.positions_td)
         x = dropout(self, x + places, self.dropout, self.train)
         causal = jnp.tril(jnp.ones((self.length, self.length), bool))
-        visible = causal[None, None] & real[:, None, None, :]
+        # Padding sees itself, so that its rows are numbers; nothing else sees it.
+        visible = causal & (real[:, None, None, :] | jnp.eye(self.length, dtype=bool))
         for number in range(self.layers):
             x = x + self._attention(number, LayerNorm(1e-6, name=f"norm_{number}")(x), x, visible)
             x = x + self._feed_forward(number, LayerNorm(1e-6, name=f"mlp_norm_{number}")(x))
