@@ -1,18 +1,18 @@
 """Tuned baselines on disk, beside the prepared data that they belong to.
 
-    prepared/NAME-baselines/BASELINE/
-        trials.json          every setting tried so far; a killed search goes on behind them
-        trial_N.npz          parameters of the best trial, learnt from training events alone (if the baseline is worth keeping)
-        model.npz            parameters of the final fit, on training and validation events (likewise)
-        PROTOCOL_ranks.npz   user, end, target, greater and ties of every test case: what paired tests need
-        lists.csv.gz         top lists, a recommendation file
-        result.json          settings, trials, figures, times, versions; written last
+prepared/NAME-baselines/BASELINE/
+    trials.json          every setting tried so far; a killed search goes on behind them
+    trial_N.npz          parameters of the best trial, learnt from training events alone (if the baseline is worth keeping)
+    model.npz            parameters of the final fit, on training and validation events (likewise)
+    PROTOCOL_ranks.npz   user, end, target, greater and ties of every test case: what paired tests need
+    lists.csv.gz         top lists, a recommendation file
+    result.json          settings, trials, figures, times, versions; written last
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,19 +43,28 @@ def data_key(prepared: Prepared) -> str:
     return sha256(prepared.folder / "data" / MANIFEST)
 
 
-def build(name: str, options: Mapping[str, Any], config: Config, prepared: Prepared, **more: Any) -> Recommender:
-    """A recommender with its options and with what it takes from the config and the prepared data."""
-    tuning = config.baseline
+def build(
+    name: str,
+    options: Mapping[str, Any],
+    config: Config,
+    prepared: Prepared,
+    *,
+    epochs: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Recommender:
+    """A recommender with its options and with what it takes from the config and the prepared data.
+
+    ``epochs``: of a fit by gradients that need not be validated; ``say`` takes its lines of progress.
+    """
+    tuning, given = config.baseline, dict(options)
     if name in BY_GRADIENTS:
-        given = {"budget": Budget(tuning.epochs, tuning.patience, tuning.valid_users, tuning.seed, more.pop("say", None))}
+        given["budget"] = Budget(tuning.epochs, tuning.patience, tuning.valid_users, tuning.seed, say)
+        given["epochs"] = epochs
     elif name in SEEDED:
-        given = {"seed": tuning.seed}
+        given["seed"] = tuning.seed
     elif name == "content":
-        given = {"vectors": text_part(prepared.item_features, config.model.cooccurrence_features)}
-    else:
-        given = {}
-    more.pop("say", None)
-    return retrieval.make(name, **options, **given, **more)
+        given["vectors"] = text_part(prepared.item_features, config.model.cooccurrence_features)
+    return retrieval.make(name, **given)
 
 
 @dataclass(frozen=True)
@@ -72,8 +81,7 @@ class Saved:
         Raises:
             DataError: the file is damaged.
         """
-        epochs = {"epochs": self.result["epochs"]} if self.result["epochs"] is not None else {}
-        recommender = build(self.name, self.result["options"], config, prepared, **epochs)
+        recommender = build(self.name, self.result["options"], config, prepared, epochs=self.result["epochs"])
         file = self.folder / ("model.npz" if include_valid else f"trial_{self.result['trial']}.npz")
         if isinstance(recommender, Stored) and file.is_file():
             return recommender.restore(read_arrays(file, self.result["files"].get(file.name)))

@@ -140,7 +140,9 @@ def _one(s: Data, name: str, protocol: str, task: Task, say: Say) -> tuple[Row, 
         "seconds": {"tune": sum(t.seconds for t in trials), "fit": fit_seconds, "score": ranked.seconds},
         "versions": {library: importlib.metadata.version(library) for library in _LIBRARIES},
         "evaluations": {**tables, protocol: table.to_json()},
-        "files": {file.name: sha256(file) for file in sorted(folder.glob("*.npz")) if not file.name.endswith("ranks.npz")},
+        "files": {
+            file.name: sha256(file) for file in sorted(folder.glob("*.npz")) if not file.name.endswith("ranks.npz")
+        },
     }
     write_arrays(
         folder / f"{file_name(protocol)}_ranks.npz",
@@ -169,8 +171,7 @@ def _fitted(s: Data, name: str, folder: Path, best: Trial, say: Say) -> tuple[Re
         and "model.npz" in before.result["files"]
     ):
         return before.recommender(s.config, s.prepared, include_valid=True), before.result["seconds"]["fit"]
-    epochs = {"epochs": best.epochs} if best.epochs is not None else {}
-    recommender = build(name, best.options, s.config, s.prepared, say=say, **epochs)
+    recommender = build(name, best.options, s.config, s.prepared, epochs=best.epochs, say=say)
     begun = time.perf_counter()
     recommender.fit(s.prepared.data, include_valid=True)
     seconds = time.perf_counter() - begun

@@ -341,7 +341,15 @@ def _digest(path: str) -> str:
 
 def run_dir(config: Config) -> Path:
     """The folder of a config's run: the same settings give the same folder, so the same command resumes."""
-    outside = ("runs", "prepared", "evaluate", "baseline", "mesh", "profile", "teacher")  # decide nothing of what is learnt
+    outside = (
+        "runs",
+        "prepared",
+        "evaluate",
+        "baseline",
+        "mesh",
+        "profile",
+        "teacher",
+    )  # decide nothing of what is learnt
     tree = {k: v for k, v in changed(config).items() if k not in outside}
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
     return path_of(config.runs) / f"{config.name}-{digest[:8]}"

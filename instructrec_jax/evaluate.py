@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from instructrec_jax import config as configs
 from instructrec_jax import baseline_store, prepare, retrieval
+from instructrec_jax import config as configs
 from instructrec_jax.data.privacy import user_keys
 from instructrec_jax.data.schema import SPLIT_NAMES, TEST, Cases, SplitData
 from instructrec_jax.errors import UserError

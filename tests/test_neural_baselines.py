@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import jax
@@ -69,7 +70,9 @@ def test_it_learns_what_popularity_cannot(name: str) -> None:
     assert scores.shape == (3, ITEMS) and scores.dtype == np.float32 and np.isfinite(scores).all()
     np.testing.assert_allclose(scores[2:], recommender.score(histories[2:]), rtol=1e-5, atol=1e-6)
     again = make(name).restore(recommender.arrays())
-    np.testing.assert_array_equal(again.score(histories, np.array([0, 1, 2])), recommender.score(histories, np.arange(3)))
+    np.testing.assert_array_equal(
+        again.score(histories, np.array([0, 1, 2])), recommender.score(histories, np.arange(3))
+    )
     with pytest.raises(UserError, match="holds item 24"):
         recommender.score([np.array([ITEMS])])
 
@@ -168,8 +171,8 @@ def test_windows_hold_every_step_once(length: int, seed: int | None) -> None:
     assert inputs.shape == targets.shape and inputs.shape[1] == length
     assert ((inputs > 0) == (targets > 0)).all() and (inputs > 0).any(axis=1).all()
     found = sorted(zip(inputs[inputs > 0], targets[targets > 0]))
-    users = [item[a : b - 1] + 1 for a, b in zip(offsets, offsets[1:])]
-    assert found == sorted((x, y) for events in users for x, y in zip(events, events[1:]))
+    users = [item[a : b - 1] + 1 for a, b in itertools.pairwise(offsets)]
+    assert found == sorted((x, y) for events in users for x, y in itertools.pairwise(events))
     for row in inputs:  # padding on the left, and the user's order
         assert (np.diff(row > 0) >= 0).all()
         assert (np.diff(row[row > 0]) % ITEMS == 1).all()

@@ -53,22 +53,24 @@ def call(*words: str) -> str:
 
 
 def test_the_command_and_the_table_of_evaluate(config: Config) -> None:
-    output = call("popularity", "ease_last", "sasrec", file_of(config), *QUIET, "--json")
+    output = call("popularity", "ease_last", "gmf", file_of(config), *QUIET, "--json")
     last = json.loads(output.strip().splitlines()[-1])
-    assert "sasrec, trial 2 of 2" in output and "popularity, trial 1 of 1: nothing to set" in output
+    assert "gmf, trial 2 of 2" in output and "popularity, trial 1 of 1: nothing to set" in output
     assert last["protocol"] == "full" and last["options"]["popularity"] == {}
 
     s = data_of(config)
     folder = baseline_store.folder_of(config)
     assert folder == Path(config.prepared) / "tiny-baselines"
     cases = s.prepared.data.cases(TEST)
-    for name in ("popularity", "ease_last", "sasrec"):
+    for name in ("popularity", "ease_last", "gmf"):
         result = json.loads((folder / name / "result.json").read_text(encoding="utf-8"))
         assert len(result["trials"]) == (1 if name == "popularity" else 2) and result["budget"]["trials"] == 2
         best = max(result["trials"], key=lambda trial: trial["ndcg"])
         assert best["options"] == result["options"] == last["options"][name]
         row = result["evaluations"]["full"]["rows"][0]
-        assert row["metrics"]["ndcg@10"]["mean"] == last[name]["ndcg@10"] and row["metrics"]["ndcg@10"]["low"] is not None
+        assert (
+            row["metrics"]["ndcg@10"]["mean"] == last[name]["ndcg@10"] and row["metrics"]["ndcg@10"]["low"] is not None
+        )
         assert {"tune", "fit", "score"} == set(result["seconds"]) and "jax" in result["versions"]
         with np.load(folder / name / "full_ranks.npz") as saved:
             np.testing.assert_array_equal(saved["target"], cases.target)
@@ -76,13 +78,15 @@ def test_the_command_and_the_table_of_evaluate(config: Config) -> None:
         value = metrics.metrics_at(ranks, (10,))["ndcg@10"]
         assert value.mean() == pytest.approx(last[name]["ndcg@10"])
         lists = read_recommendations(folder / name / "lists.csv.gz", s.prepared.data, k=20)
-        assert evaluate_lists(lists, s.prepared.data).values["hr@10"].mean() == pytest.approx(last[name]["hr@10"], abs=0.05)
+        assert evaluate_lists(lists, s.prepared.data).values["hr@10"].mean() == pytest.approx(
+            last[name]["hr@10"], abs=0.05
+        )
 
     # Evaluate ranks the tuned ones as they were ranked here, beside those that it fits itself, on any candidates.
     fitted = fit_baselines(s, include_valid=True, say=lambda _: None)
-    assert set(fitted) == {*config.evaluate.baselines, "ease_last", "sasrec"}
+    assert set(fitted) == {*config.evaluate.baselines, "ease_last", "gmf"}
     task = Task(cases, case_histories(s, cases))
-    for name in ("ease_last", "sasrec"):
+    for name in ("ease_last", "gmf"):
         again = rank(task, lambda a, b, r=fitted[name][0]: r.score(task.histories[a:b], cases.user[a:b]), 20).ranks
         with np.load(folder / name / "full_ranks.npz") as saved:
             np.testing.assert_array_equal(again.greater, saved["greater"])
@@ -94,16 +98,16 @@ def test_the_command_and_the_table_of_evaluate(config: Config) -> None:
     # For the validation split they know training events alone.
     valid = fit_baselines(s, include_valid=False, say=lambda _: None)
     trial = max(
-        json.loads((folder / "sasrec" / "trials.json").read_text(encoding="utf-8"))["trials"], key=lambda t: t["ndcg"]
+        json.loads((folder / "gmf" / "trials.json").read_text(encoding="utf-8"))["trials"], key=lambda t: t["ndcg"]
     )
     cases = s.prepared.data.cases(VALID)
     task = Task(cases, case_histories(s, cases))
-    found = rank(task, lambda a, b: valid["sasrec"][0].score(task.histories[a:b]), 10).ranks
+    found = rank(task, lambda a, b: valid["gmf"][0].score(task.histories[a:b], cases.user[a:b]), 10).ranks
     assert metrics.metrics_at(found, (10,))["ndcg@10"].mean() == pytest.approx(trial["ndcg"])
 
-    (folder / "sasrec" / "model.npz").write_bytes(b"other")
+    (folder / "gmf" / "model.npz").write_bytes(b"other")
     with pytest.raises(DataError, match=r"model\.npz.*damaged or changed"):
-        baseline_store.saved(config, s.prepared)["sasrec"].recommender(config, s.prepared, include_valid=True)
+        baseline_store.saved(config, s.prepared)["gmf"].recommender(config, s.prepared, include_valid=True)
 
 
 def test_a_killed_search_goes_on_and_a_larger_budget_adds_to_it(
@@ -129,7 +133,9 @@ def test_a_killed_search_goes_on_and_a_larger_budget_adds_to_it(
     more = baselines.tune(data_of(config, trials=6), "ease_last", tmp_path, lambda _: None)
     assert fits == 7 and more[:4] == trials
     assert baselines.tune(data_of(config, trials=2), "ease_last", tmp_path, lambda _: None) == trials[:2] and fits == 7
-    baselines.tune(data_of(config, trials=2, patience=1), "ease_last", tmp_path, lambda _: None)  # another budget of a fit
+    baselines.tune(
+        data_of(config, trials=2, patience=1), "ease_last", tmp_path, lambda _: None
+    )  # another budget of a fit
     assert fits == 9
 
 

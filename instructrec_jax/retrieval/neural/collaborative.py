@@ -71,6 +71,7 @@ class Collaborative:
             )
         self.factors, self.layers, self.negatives = factors, layers, negatives
         self.batch_size, self.budget, self.epochs = batch_size, budget, epochs
+        self._exactly = epochs
         self.train = TrainConfig(
             schedule="constant",
             learning_rate=learning_rate,
@@ -100,7 +101,7 @@ class Collaborative:
                 validation(data, self._score, self.budget),
                 self.budget,
                 include_valid=include_valid,
-                epochs=self.epochs,
+                epochs=self._exactly,
             )
         return self
 

@@ -62,6 +62,7 @@ class Sequential:
             )
         self.width, self.layers, self.heads, self.length = width, layers, heads, length
         self.dropout, self.batch_size, self.budget, self.epochs = dropout, batch_size, budget, epochs
+        self._exactly = epochs
         self.train = TrainConfig(
             schedule="constant",
             learning_rate=learning_rate,
@@ -89,7 +90,7 @@ class Sequential:
                 validation(data, lambda params, histories, users: self._score(params, histories), self.budget),
                 self.budget,
                 include_valid=include_valid,
-                epochs=self.epochs,
+                epochs=self._exactly,
             )
         return self
 

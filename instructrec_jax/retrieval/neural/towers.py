@@ -82,7 +82,9 @@ class Towers(nn.Module):
         if self.layers:
             width = self.widths[0]
             of_user = jnp.einsum("bd,de->be", taste["mlp"], self.weights[0][:width], out_sharding=out)
-            of_item = jnp.einsum("id,de->ie", self.tables["mlp_item"], self.weights[0][width:], out_sharding=P(None, None))
+            of_item = jnp.einsum(
+                "id,de->ie", self.tables["mlp_item"], self.weights[0][width:], out_sharding=P(None, None)
+            )
             cube = P(BATCH, None, None)
             hidden = self._rest(of_user[:, None] + of_item[None], "bid,de->bie", cube)
             scores = scores + jnp.einsum("bid,d->bi", hidden, self.head[done:], out_sharding=out)
