@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from instructrec_jax import prepare, retrieval
-from instructrec_jax.baseline_store import AGAIN, build, data_key, folder_of, saved, write_arrays
+from instructrec_jax.baseline_store import AGAIN, Saved, build, data_key, folder_of, saved, write_arrays
 from instructrec_jax.config import Config
 from instructrec_jax.data.schema import SPLIT_NAMES, TEST, VALID
 from instructrec_jax.errors import UserError
@@ -122,8 +122,7 @@ def _one(s: Data, name: str, protocol: str, task: Task, say: Say) -> tuple[Row, 
         seconds_score=ranked.seconds,
         notes={"options": best.options},
     )
-    before = saved(s.config, s.prepared).get(name)
-    tables = before.result["evaluations"] if before and before.result["options"] == best.options else {}
+    before = _before(s, name, best)
     table = _table(s, [row], protocol)
     result = {
         "format": FORMAT,
@@ -139,7 +138,7 @@ def _one(s: Data, name: str, protocol: str, task: Task, say: Say) -> tuple[Row, 
         "trials": [asdict(trial) for trial in trials],
         "seconds": {"tune": sum(t.seconds for t in trials), "fit": fit_seconds, "score": ranked.seconds},
         "versions": {library: importlib.metadata.version(library) for library in _LIBRARIES},
-        "evaluations": {**tables, protocol: table.to_json()},
+        "evaluations": {**(before.result["evaluations"] if before else {}), protocol: table.to_json()},
         "files": {
             file.name: sha256(file) for file in sorted(folder.glob("*.npz")) if not file.name.endswith("ranks.npz")
         },
@@ -163,13 +162,8 @@ def _one(s: Data, name: str, protocol: str, task: Task, say: Say) -> tuple[Row, 
 
 def _fitted(s: Data, name: str, folder: Path, best: Trial, say: Say) -> tuple[Recommender, float]:
     """The final fit and its seconds; from its file where the same settings have been fitted before."""
-    before = saved(s.config, s.prepared).get(name)
-    if (
-        before is not None
-        and (before.result["options"], before.result["epochs"]) == (best.options, best.epochs)
-        and _fit_settings(s.config) == {k: before.result["budget"][k] for k in _fit_settings(s.config)}
-        and "model.npz" in before.result["files"]
-    ):
+    before = _before(s, name, best)
+    if before is not None and "model.npz" in before.result["files"]:
         return before.recommender(s.config, s.prepared, include_valid=True), before.result["seconds"]["fit"]
     recommender = build(name, best.options, s.config, s.prepared, epochs=best.epochs, say=say)
     begun = time.perf_counter()
@@ -178,6 +172,15 @@ def _fitted(s: Data, name: str, folder: Path, best: Trial, say: Say) -> tuple[Re
     if isinstance(recommender, Stored):
         write_arrays(folder / "model.npz", recommender.arrays())
     return recommender, seconds
+
+
+def _before(s: Data, name: str, best: Trial) -> Saved | None:
+    """What an earlier command saved of the very same final fit."""
+    found = saved(s.config, s.prepared).get(name)
+    if found is None or (found.result["options"], found.result["epochs"]) != (best.options, best.epochs):
+        return None
+    budget = {k: v for k, v in found.result["budget"].items() if k != "trials"}
+    return found if budget == _fit_settings(s.config) else None
 
 
 def _rank(recommender: Recommender, task: Task, k: int) -> Ranked:

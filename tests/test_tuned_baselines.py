@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -21,6 +22,7 @@ from instructrec_jax.evaluation import metrics
 from instructrec_jax.evaluation.recommendations import evaluate_lists, read_recommendations
 from instructrec_jax.retrieval.ease import EASE
 from instructrec_jax.run import case_histories
+from instructrec_jax.training.mesh import make_mesh
 from tests.tiny import tiny_config, write_slice
 
 QUIET = ("--baseline.trials", "2", "--baseline.epochs", "2")
@@ -87,7 +89,8 @@ def test_the_command_and_the_table_of_evaluate(config: Config) -> None:
     assert set(fitted) == {*config.evaluate.baselines, "ease_last", "gmf"}
     task = Task(cases, case_histories(s, cases))
     for name in ("ease_last", "gmf"):
-        again = rank(task, lambda a, b, r=fitted[name][0]: r.score(task.histories[a:b], cases.user[a:b]), 20).ranks
+        with jax.set_mesh(make_mesh(config.mesh)):  # all devices, as in evaluate
+            again = rank(task, lambda a, b, r=fitted[name][0]: r.score(task.histories[a:b], cases.user[a:b]), 20).ranks
         with np.load(folder / name / "full_ranks.npz") as saved:
             np.testing.assert_array_equal(again.greater, saved["greater"])
     sampled = call("ease_last", file_of(config), *QUIET, "--evaluate.protocol", "1+9")
