@@ -22,7 +22,10 @@ from instructrec_jax.retrieval.neural.sequences import batches, newest, windows
 
 ITEMS, EVENTS = 24, 8
 SMALL = {"gmf": {"factors": 8}, "mlp": {"factors": 8}, "neumf": {"factors": 8}}
-SMALL |= {name: {"width": 16, "length": 8, "dropout": 0.0, "learning_rate": 1e-2} for name in ("gru4rec", "sasrec")}
+SMALL |= {
+    name: {"width": 16, "layers": 1, "length": 8, "dropout": 0.0, "learning_rate": 1e-2}
+    for name in ("gru4rec", "sasrec")
+}
 RATES = {name: {"learning_rate": 1e-2, "batch_size": 128} for name in ("gmf", "mlp", "neumf")}
 
 
