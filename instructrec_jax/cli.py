@@ -39,6 +39,7 @@ def cli() -> None:
     instructrec plan         configs/ml_latest_small.yaml --chips v5e-16
     instructrec train        configs/ml_latest_small.yaml --train.steps 400
     instructrec evaluate     RUN_DIR --protocol full
+    instructrec baseline     sasrec ease_last configs/ml_latest_small.yaml
     instructrec recommend    RUN_DIR --user 42 --wish "a slow, sad film" -k 10
     instructrec score        RUN_DIR requests.jsonl --out scores.jsonl
     instructrec report       RUN_DIR
@@ -167,7 +168,7 @@ def evaluate(
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Measure a run beside popularity, item-KNN, EASE and BM25, with 95 % intervals."""
+    """Measure a run beside the classic recommenders and the tuned baselines of its data, with 95 % intervals."""
     from instructrec_jax.data.schema import SPLIT_NAMES
     from instructrec_jax.evaluate import evaluate as evaluate_run
     from instructrec_jax.evaluate import summary_json
@@ -200,6 +201,35 @@ def evaluate(
             print_result(payload[part])
     if as_json:
         click.echo(json.dumps(summary_json(payload)))
+
+
+@cli.command(context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
+@click.argument("names", nargs=-1, required=True, metavar="NAME [NAME ...] CONFIG", type=click.UNPROCESSED)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+def baseline(names: tuple[str, ...], as_json: bool) -> None:
+    """Tune baselines on the validation split of CONFIG's prepared data, and measure them on the test split.
+
+    NAME: popularity, itemknn, ease, ease_last, ials, bpr, bm25, content, gmf, mlp, neumf, gru4rec, sasrec, or all. Each tries
+    --baseline.trials settings. The same command goes on where a killed one stopped. `evaluate` has the results in its table.
+    """
+    first = next((place for place, word in enumerate(names) if word.startswith("--")), len(names))
+    *chosen, config = names[:first] or ("",)
+    if not chosen:
+        raise UserError("give one NAME or more, and a CONFIG", remedy="instructrec baseline ease sasrec CONFIG")
+    from instructrec_jax import config as configs
+
+    settings = configs.load(config, names[first:])
+    say = _start("tune baselines")
+    from instructrec_jax.baselines import baseline as measure
+
+    found = measure(chosen, settings, say)
+    print_result(found["next_item"])
+    if as_json:
+        from instructrec_jax.evaluation.table import EvaluationResult
+
+        table = EvaluationResult.from_json(found["next_item"])
+        about = {"protocol": table.protocol, "data": table.data, "options": found["options"]}
+        click.echo(json.dumps({**table.means(), **about}))
 
 
 @cli.command()

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from instructrec_jax.baseline_config import BaselineConfig
 from instructrec_jax.dotted import built, changed, leaves, parse_options, plain, set_dotted
 from instructrec_jax.errors import ConfigError, did_you_mean
 from instructrec_jax.files import path_of
@@ -291,6 +292,7 @@ class EvaluateConfig:
     likelihood_users: int = 200  # users scored by the text likelihood too (slow); 0 = none
     wording_cases: int = 300  # cases asked by every held-out wording too; 0 = none
     before_tuning: bool = True  # pretrained: the likelihood table also has the model as it was published
+    # Beside them stands every baseline that `instructrec baseline` has tuned on the same data
     baselines: tuple[str, ...] = ("popularity", "itemknn", "ease", "ease_last10", "slit", "bm25")
 
 
@@ -337,6 +339,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     profile: ProfileConfig = ProfileConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    baseline: BaselineConfig = BaselineConfig()
     teacher: TeacherConfig = TeacherConfig()
 
     def __post_init__(self) -> None:
@@ -372,7 +375,15 @@ def _digest(path: str) -> str:
 
 def run_dir(config: Config) -> Path:
     """The folder of a config's run: the same settings give the same folder, so the same command resumes."""
-    outside = ("runs", "prepared", "evaluate", "mesh", "profile", "teacher")  # decide nothing of what is learnt
+    outside = (
+        "runs",
+        "prepared",
+        "evaluate",
+        "baseline",
+        "mesh",
+        "profile",
+        "teacher",
+    )  # decide nothing of what is learnt
     tree = {k: v for k, v in changed(config).items() if k not in outside}
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
     return path_of(config.runs) / f"{config.name}-{digest[:8]}"

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from instructrec_jax import baseline_store, prepare, retrieval, wordings
 from instructrec_jax import config as configs
-from instructrec_jax import prepare, retrieval, wordings
 from instructrec_jax.data.privacy import user_keys
 from instructrec_jax.data.schema import SPLIT_NAMES, TEST, Cases, SplitData
 from instructrec_jax.errors import UserError
@@ -40,6 +40,7 @@ from instructrec_jax.instructions.prompts import NothingToSay
 from instructrec_jax.models.adapters import join
 from instructrec_jax.retrieval.ease import EASE
 from instructrec_jax.run import (
+    Measured,
     Say,
     Session,
     case_histories,
@@ -100,7 +101,7 @@ def rank(task: Task, score: ScoreBlock, k: int) -> Ranked:
     return Ranked(metrics.TargetRank.concatenate(ranks), np.concatenate(lists), np.concatenate(kept), seconds)
 
 
-def against_negatives(s: Session, task: Task, n: int) -> tuple[str, Task]:
+def against_negatives(s: Measured, task: Task, n: int) -> tuple[str, Task]:
     """The same cases against ``n`` frozen negatives each, and the protocol's name with sampler and seed."""
     name, negatives = frozen_negatives(s, task.cases, task.histories, n)
     return name, Task(task.cases, task.histories, negatives)
@@ -218,14 +219,23 @@ def file_name(protocol: str, split: int = TEST) -> str:
     return name if split == TEST else f"{name}_{SPLIT_NAMES[split]}"
 
 
-def fit_baselines(s: Session, *, include_valid: bool, say: Say) -> dict[str, tuple[retrieval.Recommender, float]]:
-    """The configured baselines, fitted, with their fit seconds. One that cannot be fitted here is named and left out."""
+def fit_baselines(s: Measured, *, include_valid: bool, say: Say) -> dict[str, tuple[retrieval.Recommender, float]]:
+    """The configured baselines, and all that were tuned on these data, fitted, with their fit seconds.
+
+    What was tuned has its tuned settings, and the seconds of its own fit. One that cannot be fitted here is named and left out.
+    """
     out: dict[str, tuple[retrieval.Recommender, float]] = {}
     ease: EASE | None = None
-    for name in s.config.evaluate.baselines:
+    tuned = baseline_store.saved(s.config, s.prepared)
+    for name in dict.fromkeys((*s.config.evaluate.baselines, *tuned)):
         begun = time.perf_counter()
         try:
-            fitted = retrieval.make(name)
+            if name in tuned:
+                say(f"  {name}, tuned on {len(tuned[name].result['trials'])} settings")
+                fitted = tuned[name].recommender(s.config, s.prepared, include_valid=include_valid)
+                out[name] = (fitted, tuned[name].result["seconds"]["fit"])
+                continue
+            fitted = baseline_store.build(name, {}, s.config, s.prepared)
             if isinstance(fitted, EASE) and ease is not None:
                 fitted = ease.with_last(fitted.last)  # the inverse is the same for all of them
             else:

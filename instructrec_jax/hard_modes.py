@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from instructrec_jax import retrieval
+from instructrec_jax import baseline_store, retrieval
 from instructrec_jax.data.schema import SPLIT_NAMES, TEST, Cases
 from instructrec_jax.errors import UserError
 from instructrec_jax.evaluate import MODEL, Ranked, ScoreBlock, Task, fit_baselines, rank
@@ -58,6 +58,8 @@ def hard_modes(run_dir: str | Path, overrides: Sequence[str] = (), *, split: int
             raise UserError(f"the {SPLIT_NAMES[split]} split has no cases", remedy="see data.split in the config")
         scorer = s.scorer(params)
         fitted = {name: r for name, (r, _) in fit_baselines(s, include_valid=split == TEST, say=say).items()}
+        if "content" not in fitted:  # what a new item has
+            fitted["content"] = baseline_store.build("content", {}, s.config, s.prepared).fit(s.prepared.data)
         hard = HardModes(s, scorer, fitted, cases, split, say)
         tables = [*hard.cold_users(), *hard.cold_items(), *hard.hard_negatives(), hard.history_order()]
         payload = {

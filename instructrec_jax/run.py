@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -41,6 +41,15 @@ from instructrec_jax.training.mesh import data_slice, make_mesh
 from instructrec_jax.training.step import init_model
 
 Say = Callable[[str], None]
+
+
+class Measured(Protocol):
+    """A config and its prepared data: what cases and their candidates depend on."""
+
+    @property
+    def config(self) -> Config: ...  # noqa: D102
+    @property
+    def prepared(self) -> prepare.Prepared: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -318,13 +327,13 @@ def sample_cases(cases: Cases, most: int, seed: int) -> Cases:
     return Cases(cases.user[pick], cases.end[pick], cases.target[pick])
 
 
-def case_histories(s: Session, cases: Cases) -> list[Int[np.ndarray, " n"]]:
+def case_histories(s: Measured, cases: Cases) -> list[Int[np.ndarray, " n"]]:
     """All events before each case's target: what a ranking leaves out."""
     return [s.prepared.data.history(int(u), int(e)) for u, e in zip(cases.user, cases.end)]
 
 
 def frozen_negatives(
-    s: Session, cases: Cases, histories: list[np.ndarray], n: int
+    s: Measured, cases: Cases, histories: list[np.ndarray], n: int
 ) -> tuple[str, Int[np.ndarray, "cases n"]]:
     """The protocol's name with sampler and seed, and ``n`` frozen negatives of each case.
 

@@ -15,7 +15,10 @@ from instructrec_jax.errors import ConfigError, UserError
 from instructrec_jax.evaluation import metrics
 from instructrec_jax.retrieval.base import history_matrix, training_matrix
 from instructrec_jax.retrieval.bm25 import BM25, item_documents, tokenise
+from instructrec_jax.retrieval.bpr import BPR
+from instructrec_jax.retrieval.content import Content, text_part
 from instructrec_jax.retrieval.ease import EASE
+from instructrec_jax.retrieval.ials import IALS
 from instructrec_jax.retrieval.itemknn import ItemKNN
 from tests.datasets import shared_data
 
@@ -44,6 +47,10 @@ def toy(users=40, items=6, seed=0, tags=()) -> SplitData:
         np.concatenate([np.array([0] * (len(h) - 2) + [1, 2]) for h in histories]),
         tags=list(tags),
     )
+
+
+BY_GRADIENTS = ("gmf", "mlp", "neumf", "gru4rec", "sasrec")  # see test_neural_baselines.py
+NAMES = tuple(name for name in retrieval.NAMES if name not in BY_GRADIENTS)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +94,7 @@ def test_ease_beats_popularity_on_ml_100k():
     assert 0.034 < mean_ndcg(retrieval.make("popularity").fit(data, True), data) < 0.046
 
 
-@pytest.mark.parametrize("name", [*retrieval.NAMES, "ease_last3"])
+@pytest.mark.parametrize("name", [*NAMES, "ease_last3"])
 def test_every_recommender_keeps_the_interface(name):
     data = toy()
     recommender = retrieval.make(name)
@@ -97,14 +104,17 @@ def test_every_recommender_keeps_the_interface(name):
     assert recommender.fit(data, include_valid=False) is recommender
     histories = [np.array([0, 1], np.int32), np.array([], np.int32), np.array([3, 3, 3], np.int32)]
     scores = recommender.score(histories, users=np.array([0, 1, 2]))
+    if name == "bpr":  # it has a factor of its own for each of these users
+        assert scores.shape == (3, data.num_items) and np.isfinite(scores).all() and scores[1].std() > 0
+        scores = recommender.score(histories)
     assert scores.shape == (3, data.num_items) and scores.dtype == np.float32 and np.isfinite(scores).all()
-    assert len(np.unique(recommender.score([np.array([], np.int32)]))) == 1 or name == "popularity"
+    assert len(np.unique(recommender.score([np.array([], np.int32)]))) == 1 or name in ("popularity", "bpr")
     np.testing.assert_allclose(scores, np.concatenate([recommender.score([h]) for h in histories]), rtol=1e-6)
     again = retrieval.make(name).fit(data, include_valid=False).score(histories)
     np.testing.assert_array_equal(scores, again)
 
 
-@pytest.mark.parametrize("name", retrieval.NAMES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("include_valid", [False, True])
 def test_nothing_later_than_allowed_is_learned(name, include_valid):
     data = toy()
@@ -227,6 +237,69 @@ def test_bm25_errors():
     for options in ({"last": 0}, {"k1": -1}, {"b": 2}):
         with pytest.raises(ConfigError):
             BM25(**options)
+
+
+def test_ials_solves_the_users_half_of_its_problem():
+    data = toy(users=80, items=20)
+    ials = IALS(factors=5, alpha=3.0, regularization=0.7).fit(data)
+    items = ials.arrays()["item"].astype(np.float64)
+    history = np.array([3, 7, 7, 11])
+    weight, seen = np.ones(20), np.zeros(20)
+    weight[history], seen[history] = 3.0, 1.0
+    taste = np.linalg.solve(items.T @ (weight[:, None] * items) + 0.7 * np.eye(5), items.T @ (weight * seen))
+    np.testing.assert_allclose(ials.score([history])[0], items @ taste, rtol=1e-3, atol=1e-5)
+    again = IALS(factors=5, alpha=3.0, regularization=0.7).restore(ials.arrays())
+    np.testing.assert_array_equal(again.score([history]), ials.score([history]))
+    with pytest.raises(ConfigError):
+        IALS(alpha=0)
+
+
+def test_bpr_knows_its_users_and_takes_the_mean_item_for_the_others():
+    data = toy(users=80, items=20)
+    bpr = BPR(factors=4, iterations=5).fit(data)
+    user, item = bpr.arrays()["user"], bpr.arrays()["item"]
+    history = [np.array([3, 7, 7])]
+    np.testing.assert_allclose(bpr.score(history, np.array([5]))[0], item @ user[5], rtol=1e-5, atol=1e-7)
+    mean = item[[3, 7, 7], :-1].mean(axis=0)
+    np.testing.assert_allclose(bpr.score(history)[0], item[:, :-1] @ mean + item[:, -1], rtol=1e-4, atol=1e-6)
+    again = BPR(factors=4).restore(bpr.arrays())
+    np.testing.assert_array_equal(again.score(history, np.array([5])), bpr.score(history, np.array([5])))
+
+
+def test_content_ranks_items_that_nobody_has_touched():
+    titles = ["Space robots", "Space pirates", "Quiet love", "Quiet garden", "Robots of space"]
+    catalogue = Catalogue([f"i{i}" for i in range(5)], titles, pa.table({"item_id": [f"i{i}" for i in range(5)]}))
+    data = SplitData("cold", ["u"], catalogue, np.array([0, 4]), np.array([0, 1, 2, 3]), np.array([0, 0, 1, 2]))
+    content = Content(last=2).fit(data)
+    assert data.train_popularity[4] == 0
+    scores = content.score([np.array([3, 0, 1])])[0]  # only the newest two count
+    assert scores[4] > scores[2] and scores[4] > scores[3]
+    unit = content.vectors
+    mean = (unit[0] + unit[1]) / 2
+    np.testing.assert_allclose(scores, unit @ mean / np.linalg.norm(mean), rtol=1e-5, atol=1e-6)
+    given = Content(vectors=np.eye(5, 3, dtype=np.float32)).fit(data)
+    assert given.score([np.array([1])])[0].tolist() == [0, 1, 0, 0, 0]
+    with pytest.raises(UserError, match="no text features"):
+        Content(vectors=np.zeros((5, 0), np.float32)).fit(data)
+    with pytest.raises(ConfigError):
+        Content(last=0)
+
+
+def test_text_part_leaves_out_what_comes_from_events():
+    features = np.arange(12.0).reshape(3, 4)
+    assert text_part(features, 0).shape == (3, 4) and text_part(features, 64).tolist() == features[:, :2].tolist()
+
+
+@pytest.mark.parametrize("name", sorted({*retrieval.NAMES} - {"ease_last10"}))
+def test_the_first_value_of_a_grid_is_the_default(name):
+    kind = retrieval.class_of(name)
+    given = {option: values[0] for option, values in kind.grid.items()}
+    made, default = retrieval.make(name, **given), retrieval.make(name)
+    assert repr(vars(made)) == repr(vars(default))
+    for option, values in kind.grid.items():
+        assert len(set(values)) == len(values) > 1
+        for value in values:
+            retrieval.make(name, **{option: value})
 
 
 def test_make_names_the_nearest():

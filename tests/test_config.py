@@ -289,7 +289,7 @@ def test_each_setting_makes_another_run_unless_it_only_measures_or_places(key):
     other = set_leaf(Config(), key, changed_value(kind_of(key), before))
     section = key.split(".")[0]
     same_run = configs.run_dir(other).name == configs.run_dir(Config()).name
-    assert same_run == (section in ("runs", "prepared", "evaluate", "mesh", "profile", "teacher"))
+    assert same_run == (section in ("runs", "prepared", "evaluate", "baseline", "mesh", "profile", "teacher"))
     in_data = section in ("data", "instructions") or key in (
         "model.vocab_size",
         "model.content_features",

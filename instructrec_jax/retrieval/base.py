@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 import scipy.sparse as sp
@@ -15,6 +16,8 @@ from instructrec_jax.errors import UserError
 
 class Recommender(Protocol):
     """A classic recommender. Fit once, then score any history, also one of a user who was not there at the fit."""
+
+    grid: ClassVar[Mapping[str, Sequence[Any]]]  # option -> the values that tuning may try
 
     @property
     def name(self) -> str:
@@ -34,6 +37,30 @@ class Recommender(Protocol):
         case.
         """
         ...
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """A recommender whose fit is worth keeping. The others are fitted again in seconds."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that ``score`` needs beside the options."""
+        ...
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> Self:
+        """Take what ``arrays`` of a fitted one with the same options gave, in place of a fit."""
+        ...
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a fit by gradients may take."""
+
+    epochs: int = 200  # most passes over the events
+    patience: int = 10  # passes without a better validation NDCG@10 before it ends
+    users: int = 2000  # most validation cases after each pass, a fixed sample
+    seed: int = 0
+    say: Callable[[str], None] | None = None  # takes a line of progress every now and then
 
 
 def training_events(data: SplitData, include_valid: bool) -> np.ndarray:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -49,6 +49,7 @@ class BM25:
     """BM25 over item documents. ``score_text`` ranks for a wish, ``score`` for the next item."""
 
     name = "bm25"
+    grid: ClassVar[Mapping[str, Sequence[Any]]] = {"last": (10, 1, 3, 5, 20), "k1": (1.5, 0.9, 2.0), "b": (0.75, 0.4)}
 
     def __init__(
         self, last: int = 10, k1: float = 1.5, b: float = 0.75, stopwords: bool = True, tags: bool = True

@@ -7,8 +7,8 @@ diag(B) = 0 are B_ij = -P_ij / P_jj off the diagonal, P = (G + l2 I)^-1 (equatio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -20,6 +20,8 @@ from instructrec_jax.retrieval.base import history_matrix, not_fitted, training_
 
 class EASE:
     """score = (the history as a 0/1 vector) B. ``last`` = N takes only the newest N events of the history."""
+
+    grid: ClassVar[Mapping[str, Sequence[Any]]] = {"l2": (500.0, 50.0, 100.0, 200.0, 1000.0, 2000.0)}
 
     def __init__(self, l2: float = 500.0, last: int | None = None, max_items: int = 25_000) -> None:
         """Choose the model.
@@ -86,6 +88,21 @@ class EASE:
         if self.weights is None:
             raise not_fitted(self.name)
         return history_matrix(histories, len(self.weights), self.last) @ self.weights
+
+
+class EaseLast(EASE):
+    """EASE whose number of scored events is a setting to tune, under one name whatever it is."""
+
+    grid: ClassVar[Mapping[str, Sequence[Any]]] = {"last": (10, 1, 2, 3, 5, 20, 50, None), "l2": EASE.grid["l2"]}
+
+    def __init__(self, l2: float = 500.0, last: int | None = 10, max_items: int = 25_000) -> None:
+        """As ``EASE``."""
+        super().__init__(l2, last, max_items)
+
+    @property
+    def name(self) -> str:
+        """``ease_last``."""
+        return "ease_last"
 
 
 def _gigabytes(items: int) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import scipy.sparse as sp
@@ -21,6 +21,7 @@ class ItemKNN:
     """
 
     name = "itemknn"
+    grid: ClassVar[Mapping[str, Sequence[Any]]] = {"neighbours": (100, 10, 20, 50, 200, 500)}
 
     def __init__(self, neighbours: int = 100) -> None:
         """neighbours: most entries kept per row of the similarity matrix. Raises ``ConfigError`` if below 1."""

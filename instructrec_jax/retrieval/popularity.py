@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ class Popularity:
     """Score of an item = its training interactions."""
 
     name = "popularity"
+    grid: ClassVar[Mapping[str, Sequence[Any]]] = {}
 
     def __init__(self) -> None:
         self.counts: np.ndarray | None = None

@@ -12,8 +12,8 @@ and in small logs it is hard to beat.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import scipy.sparse as sp
@@ -30,6 +30,11 @@ class SLIT:
     """score = (the newest events of the history, weighted 1/distance) B."""
 
     name = "slit"
+    grid: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "l2": (100.0, 30.0, 300.0, 1000.0, 3000.0),
+        "past": (20, 10, 40),
+        "future": (5, 1, 2, 10),
+    }
 
     def __init__(self, l2: float = 100.0, past: int = 20, future: int = 5, max_items: int = 25_000) -> None:
         """Choose the model.
