@@ -334,7 +334,7 @@ def test_check_same_run_names_the_changed_key(tmp_path, key):
     before = dict(leaves(configs.to_dict(Config())))[key]
     after = changed_value(kind_of(key), before)
     other = set_leaf(Config(), key, after)
-    if key.split(".")[0] in ("evaluate", "mesh", "profile", "teacher"):
+    if key.split(".")[0] in ("evaluate", "baseline", "mesh", "profile", "teacher"):
         configs.check_same_run(other, tmp_path)
         return
     with pytest.raises(ConfigError) as caught:
