@@ -28,7 +28,7 @@ SAMPLED_METRICS = ("hr@1", "hr@3", "hr@5", "ndcg@5")
 PARTS = ("next_item", "search", "likelihood", "wordings")
 # They differ between machines and seeds, or only measure.
 _PLACES = ("data.path", "prepared", "runs", "train.seed", "name")
-_OUTSIDE = ("evaluate", "mesh", "profile", "teacher")
+_OUTSIDE = ("evaluate", "baseline", "mesh", "profile", "teacher")
 
 
 @dataclass(frozen=True)
