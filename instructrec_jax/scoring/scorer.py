@@ -59,6 +59,7 @@ class Scorer:
         rows: packed rows per device in one batch; None = 1 on a CPU, 16 elsewhere.
         layout: "packed", "batched", or what the cost model says of each request.
         language: of the words that ``labels`` and ``yesno`` put behind a prompt.
+        space: of a catalogue of a mixture: where it lies in the model's. Items are numbered within it, and it alone is ranked.
         between: called between device batches; what it raises ends the scoring.
 
     With several processes all make the same calls, with the same requests, and all get the scores.
@@ -82,15 +83,22 @@ class Scorer:
         rows: int | None = None,
         layout: Layout = "auto",
         language: str = "en",
+        space: Space | None = None,
         between: Callable[[], None] = lambda: None,
     ):
         self._num_items, self._has_items = num_items, bool(sizes.items)
+        self._first = space.items[0] if space else None
         self._has_rerank = self._has_items and config.rerank_head
         self.reader = Reader(
-            text, titles, max_prompt=max_prompt, max_candidate=min(max_candidate, BLOCK), language=language
+            text,
+            titles,
+            max_prompt=max_prompt,
+            max_candidate=min(max_candidate, BLOCK),
+            language=language,
+            space=space,
         )
         self.runner = Runner(
-            config, arch, sizes, params, content, num_items,
+            config, arch, sizes, params, content, sizes.spaces[-1] if space else num_items,
             batch_size=batch_size, row_tokens=row_tokens, rows=rows, layout=layout, between=between,
         )  # fmt: skip
         self._prior: dict[tuple[int, ...], float] = {}
@@ -207,13 +215,16 @@ class Scorer:
         out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(p.ready)
         for group, scores in self.runner.items(p.prompts):
             for row, i in enumerate(group):
-                items = p.ready[i].items
-                out[i] = scores[row, : self._num_items] if items is None else scores[row, items]
+                items, found = p.ready[i].items, scores[row]
+                if self._first is not None:
+                    found = found[self._first : self._first + self._num_items]
+                    found = found - np.logaddexp.reduce(found)
+                out[i] = found[: self._num_items] if items is None else found[items]
         return out
 
     def _by_rerank(self, p: Prepared) -> list[np.ndarray]:
         every = np.arange(self._num_items)
-        lists = [every if r.items is None else r.items for r in p.ready]
+        lists = [(every if r.items is None else r.items) + (self._first or 0) for r in p.ready]
         out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(p.ready)
         for i, logits in self.runner.reranked(p.prompts, lists):
             out[i] = logits - np.logaddexp.reduce(logits)
