@@ -32,6 +32,7 @@ from instructrec_jax.data import features as feature_tables
 from instructrec_jax.data import records, sources, store, tokenizer
 from instructrec_jax.data.cleaning import clean
 from instructrec_jax.data.features import UserFeatures
+from instructrec_jax.data.mixture import Space, own, own_users
 from instructrec_jax.data.schema import SplitData
 from instructrec_jax.data.splits import split
 from instructrec_jax.errors import ConfigError, DataError, UserError
@@ -45,14 +46,14 @@ from instructrec_jax.instructions.teacher.texts import TEXTS, TaughtWords
 Say = Callable[[str], None]
 Progress = Callable[[str, int, Iterator], Iterator]  # label, expected length, iterator -> the same items
 
-_FILES = (
+FILES = (
     "item_features.npy",
     "user_features.npz",
     "tokenizer/tokenizer.json",
 )  # data/ and records/ have their own manifests
 NEGATIVES = "negatives.npy"  # int32 [U, k]: items of every user, best first, -1 = none
 _PART_EVENTS = 1 << 17  # events of a part of the users, about
-_TOKENIZER_SAMPLE = 20_000  # rendered examples that the tokeniser is trained on, beside all titles
+TOKENIZER_SAMPLE = 20_000  # rendered examples that the tokeniser is trained on, beside all titles
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,23 @@ class Prepared:
     item_features: Float[np.ndarray, "I Fc"]
     users: UserFeatures
     manifest: dict[str, Any]
+    sets: tuple[Space, ...] = ()  # of a mixture
 
     @property
     def records(self) -> Path:
         """Folder of the instruction records."""
         return self.folder / "records"
+
+    @property
+    def manifest_records(self) -> int:
+        """Number of the instruction records."""
+        return records.read_manifest(self.records)["records"]
+
+    def part(self, space: Space) -> Prepared:
+        """One set of a mixture with its own items and users, numbered and named as before; records and tokeniser are the whole's."""
+        manifest = {**self.manifest, "statistics": space.statistics}
+        features = self.item_features[slice(*space.items)]
+        return Prepared(self.folder, own(self.data, space), self.text, features, own_users(self.users, space), manifest)
 
     def builder(self, config: Config) -> Builder:
         """Prompts over this data set."""
@@ -107,8 +120,14 @@ def prepare(
         DataError: bad input, naming file, row and column.
         ConfigError: settings that do not fit the data.
     """
+    if config.mixture:
+        if engine != "local":
+            raise UserError("a mixture is written by --engine local", remedy="--engine beam prepares each of its sets")
+        from instructrec_jax.mixture import mix
+
+        return mix(config, say, progress)
     final = config.prepared_dir
-    _check_replaceable(final)
+    check_replaceable(final)
     raw = clean(sources.read(config.data, config.name), config.data.clean)
     data = split(raw, config.data.split)
     for step in data.steps:
@@ -121,9 +140,9 @@ def prepare(
     try:
         store.save_split(data, fresh / "data")
         say("  item and user features")
-        encoded = _encoded(data, config, say) if config.model.text_encoder else None
+        vectors = encoded(data, config, say) if config.model.text_encoder else None
         item_features = feature_tables.item_features(
-            data, config.model.content_features, config.model.cooccurrence_features, encoded
+            data, config.model.content_features, config.model.cooccurrence_features, vectors
         )
         users = feature_tables.user_features(data)
         np.save(fresh / "item_features.npy", item_features)
@@ -169,7 +188,7 @@ def prepare(
                 "words": words,
                 **({"negatives": drawn} if drawn else {}),
                 "files": {
-                    name: sha256(fresh / name) for name in (*_FILES, TEXTS, NEGATIVES) if (fresh / name).exists()
+                    name: sha256(fresh / name) for name in (*FILES, TEXTS, NEGATIVES) if (fresh / name).exists()
                 },
             },
         )
@@ -181,7 +200,7 @@ def prepare(
     return load(config)
 
 
-def _encoded(data: SplitData, config: Config, say: Say) -> Float[np.ndarray, "I D"]:
+def encoded(data: SplitData, config: Config, say: Say) -> Float[np.ndarray, "I D"]:
     """What the text encoder makes of the items."""
     import jax
 
@@ -194,9 +213,9 @@ def _encoded(data: SplitData, config: Config, say: Say) -> Float[np.ndarray, "I 
         return encode_texts(resolve(config.model.text_encoder), feature_tables.item_sentences(data))
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     """Only a folder that ``prepare`` wrote may be replaced as a whole."""
-    ours = {"manifest.json", "data", "records", "tokenizer", TEXTS, NEGATIVES, *_FILES}
+    ours = {"manifest.json", "data", "records", "tokenizer", TEXTS, NEGATIVES, *FILES}
     if folder.exists() and (not folder.is_dir() or any(p.name not in ours for p in folder.iterdir())):
         raise ConfigError(
             f"{folder} is there and is not a prepared data set", remedy="choose another name or prepared folder"
@@ -257,7 +276,7 @@ def _texts(data: SplitData, builder: Builder) -> Iterator[str]:
     yield from (tag for _, _, tag in data.tags)
     total = max(builder.num_windows * 3, 1)
     # Evenly spaced over the stream, so that every family is in the sample.
-    every = max(1, total // _TOKENIZER_SAMPLE)
+    every = max(1, total // TOKENIZER_SAMPLE)
     for example in islice(builder.training_examples(), 0, None, every):
         yield example.prompt
         if example.answer:
@@ -295,4 +314,5 @@ def load(config: Config) -> Prepared:
         text = tokenizer.load_pretrained(folder / "tokenizer", config.model.chat)
     else:
         text = tokenizer.load(folder / "tokenizer")
-    return Prepared(folder, data, text, np.load(folder / "item_features.npy"), users, manifest)
+    sets = tuple(Space.from_json(tree) for tree in manifest.get("sets", ()))
+    return Prepared(folder, data, text, np.load(folder / "item_features.npy"), users, manifest, sets)
