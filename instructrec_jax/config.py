@@ -364,7 +364,8 @@ class Config:
             raise ConfigError("mixture: one of its sets is a mixture", remedy="list the sets of that one")
         if stray := [*changed(self.data), *changed(self.instructions).keys() - {"seed", "shard_records"}]:
             raise ConfigError(
-                f"mixture: {', '.join(stray)} beside it", remedy="set what concerns data and instructions in the sets' configs"
+                f"mixture: {', '.join(stray)} beside it",
+                remedy="set what concerns data and instructions in the sets' configs",
             )
         return members
 
@@ -373,7 +374,9 @@ class Config:
         if not self.mixture:
             return self
         own = self.members()[number]
-        instructions = replace(own.instructions, negatives="uniform", negatives_file="", teacher="")  # for training prompts alone
+        instructions = replace(
+            own.instructions, negatives="uniform", negatives_file="", teacher=""
+        )  # for training prompts alone
         return replace(self, name=own.name, mixture={}, data=own.data, instructions=instructions)
 
     def data_hash(self) -> str:

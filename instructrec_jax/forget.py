@@ -69,9 +69,14 @@ def forget(config: Config, user_id: str) -> Forgotten:
         user_id: as in the log; with ``data.hash_ids`` also as in the prepared data.
 
     Raises:
-        UserError: no such user (also where they were forgotten before), or another command works on the folder.
+        UserError: a mixture, no such user (also where they were forgotten before), or another command works on the folder.
         DataError: the data are not prepared with these settings, or damaged.
     """
+    if config.mixture:
+        raise UserError(
+            f"{config.name} is a mixture",
+            remedy="forget the user in the set's own config, and prepare the mixture again",
+        )
     folder = config.prepared_dir
     prepared = load(config)
     records.verify(prepared.records)

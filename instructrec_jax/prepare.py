@@ -35,7 +35,7 @@ from instructrec_jax.data.features import UserFeatures
 from instructrec_jax.data.mixture import Space, own, own_users
 from instructrec_jax.data.schema import SplitData
 from instructrec_jax.data.splits import split
-from instructrec_jax.errors import ConfigError, DataError, UserError
+from instructrec_jax.errors import ConfigError, DataError, UserError, did_you_mean
 from instructrec_jax.evaluation.hard_negatives import read_lists
 from instructrec_jax.files import read_json, sha256, write_json
 from instructrec_jax.instructions.build import FAMILIES, Builder
@@ -87,6 +87,25 @@ class Prepared:
     def builder(self, config: Config) -> Builder:
         """Prompts over this data set."""
         return builder_of(self.data, self.users, config, self.folder)
+
+
+def each_set(config: Config, prepared: Prepared) -> list[tuple[Config, Prepared, Space | None]]:
+    """Config, data and place of every set of a mixture; another config with its data is its own only set."""
+    sets = [(config.member(n), prepared.part(space), space) for n, space in enumerate(prepared.sets)]
+    return sets or [(config, prepared, None)]
+
+
+def number_of(config: Config, prepared: Prepared, name: str = "") -> int:
+    """Which of ``each_set`` has a name; "" where there is only one.
+
+    Raises:
+        UserError: there is no such set, or there are several and no name is given.
+    """
+    names = [space.name for space in prepared.sets] or [config.name]
+    if name in names or (not name and len(names) == 1):
+        return names.index(name) if name else 0
+    what = f"{config.name} has no set {name!r}{did_you_mean(name, names)}" if name else f"{config.name} is a mixture"
+    raise UserError(what, remedy=f"--set with one of {', '.join(names)}")
 
 
 def builder_of(data: SplitData, users: UserFeatures, config: Config, folder: Path) -> Builder:
@@ -187,9 +206,7 @@ def prepare(
                 "skipped": skipped,
                 "words": words,
                 **({"negatives": drawn} if drawn else {}),
-                "files": {
-                    name: sha256(fresh / name) for name in (*FILES, TEXTS, NEGATIVES) if (fresh / name).exists()
-                },
+                "files": {name: sha256(fresh / name) for name in (*FILES, TEXTS, NEGATIVES) if (fresh / name).exists()},
             },
         )
         if final.exists():

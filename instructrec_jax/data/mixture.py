@@ -36,7 +36,9 @@ class Space:
         return Space(**{**tree, **{name: tuple(tree[name]) for name in ("items", "users", "features")}})
 
 
-def spaces(names: Sequence[str], weights: Sequence[float], parts: Sequence[SplitData], users: Sequence[UserFeatures]) -> list[Space]:
+def spaces(
+    names: Sequence[str], weights: Sequence[float], parts: Sequence[SplitData], users: Sequence[UserFeatures]
+) -> list[Space]:
     """One stretch after the other. A column of another type than in an earlier set gets the set's name before its own."""
     out: list[Space] = []
     first, types = (0, 0, 0), {}
@@ -102,7 +104,9 @@ def own(data: SplitData, space: Space) -> SplitData:
         item=part.item - first,
         rating=None if part.rating is None or np.isnan(part.rating).all() else part.rating,
         tags=[
-            (user - space.users[0] if user >= 0 else -1, item - first, tag) for user, item, tag in data.tags if first <= item < last
+            (user - space.users[0] if user >= 0 else -1, item - first, tag)
+            for user, item, tag in data.tags
+            if first <= item < last
         ],
         first_user=0,
     )
