@@ -404,6 +404,10 @@ def run_dir(config: Config) -> Path:
     """The folder of a config's run: the same settings give the same folder, so the same command resumes."""
     outside = ("runs", "prepared", "evaluate", "mesh", "profile", "teacher")  # decide nothing of what is learnt
     tree = {k: v for k, v in changed(config).items() if k not in outside}
+    if config.mixture:  # a set is what its config says, not where it lies
+        tree["mixture"] = [
+            [member.data_hash(), weight] for member, weight in zip(config.members(), config.mixture.values())
+        ]
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
     return path_of(config.runs) / f"{config.name}-{digest[:8]}"
 

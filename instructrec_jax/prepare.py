@@ -91,8 +91,9 @@ class Prepared:
 
 def each_set(config: Config, prepared: Prepared) -> list[tuple[Config, Prepared, Space | None]]:
     """Config, data and place of every set of a mixture; another config with its data is its own only set."""
-    sets = [(config.member(n), prepared.part(space), space) for n, space in enumerate(prepared.sets)]
-    return sets or [(config, prepared, None)]
+    if not prepared.sets:
+        return [(config, prepared, None)]
+    return [(config.member(n), prepared.part(space), space) for n, space in enumerate(prepared.sets)]
 
 
 def number_of(config: Config, prepared: Prepared, name: str = "") -> int:
