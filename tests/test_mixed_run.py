@@ -22,6 +22,7 @@ from instructrec_jax.data.schema import TEST
 from instructrec_jax.errors import ConfigError, UserError
 from instructrec_jax.evaluation.report import write_report
 from instructrec_jax.models.adapters import join
+from instructrec_jax.recommend import recommend
 from instructrec_jax.scoring import Request
 from tests.datasets import write_csv
 from tests.tiny import tiny_config
@@ -208,6 +209,15 @@ def _means(payload: dict[str, Any]) -> dict[str, Any]:
 def _lists(path: Path) -> list[dict[str, str]]:
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def test_recommendations_come_from_the_set_that_is_named(trained: Path) -> None:
+    answer = recommend(trained, user="3", set_name="toys", count=ITEMS["toys"])
+    with run.trained(trained) as (s, _, _):
+        data = s.one_set("toys").prepared.data
+    history = [data.catalogue.titles[i] for i in data.history(3, int(data.offsets[4]))]
+    assert answer["history"] == history
+    assert {row["title"] for row in answer["items"]} == set(data.catalogue.titles) - set(history)
 
 
 def test_what_needs_one_set_asks_for_its_name(trained: Path) -> None:
