@@ -374,9 +374,8 @@ class Config:
         if not self.mixture:
             return self
         own = self.members()[number]
-        instructions = replace(
-            own.instructions, negatives="uniform", negatives_file="", teacher=""
-        )  # for training prompts alone
+        # Lists of negatives and taught texts are for training prompts alone, which are written.
+        instructions = replace(own.instructions, negatives="uniform", negatives_file="", teacher="")
         return replace(self, name=own.name, mixture={}, data=own.data, instructions=instructions)
 
     def data_hash(self) -> str:

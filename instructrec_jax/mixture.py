@@ -42,7 +42,7 @@ def mix(config: Config, say: Say, progress: Progress | None = None) -> Prepared:
     prepared = [load(member) for member in members]
     parts = [p.data for p in prepared]
     sets = mixture.spaces([m.name for m in members], weights, parts, [p.users for p in prepared])
-    counts = mixture.shares(weights, [p.manifest_records for p in prepared])
+    counts = mixture.shares(weights, [p.num_records for p in prepared])
     sets = [
         replace(space, examples=count, statistics=p.manifest["statistics"])
         for space, count, p in zip(sets, counts, prepared, strict=True)

@@ -74,7 +74,7 @@ class Prepared:
         return self.folder / "records"
 
     @property
-    def manifest_records(self) -> int:
+    def num_records(self) -> int:
         """Number of the instruction records."""
         return records.read_manifest(self.records)["records"]
 

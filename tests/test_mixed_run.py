@@ -116,7 +116,7 @@ def test_examples_stand_in_the_ratio_of_the_weights_and_in_one_set_each(mixture:
         inside = {int(np.searchsorted(ends, item, side="right")) for item in shown}
         assert len(inside) == 1
         counts[prepared.sets[inside.pop()].name] += 1
-    alone = {c.name: prepare.load(c).manifest_records for c in mixture.members()}
+    alone = {c.name: prepare.load(c).num_records for c in mixture.members()}
     total = alone["tools"] + alone["toys"]  # a set without a share adds nothing to an epoch
     assert counts == {"tools": round(0.75 * total), "toys": round(0.25 * total)}
 

@@ -103,7 +103,7 @@ class Scorer:
             space=space,
         )
         self.runner = Runner(
-            config, arch, sizes, params, content, sizes.spaces[-1] if space else num_items,
+            config, arch, sizes, params, content, sizes.spaces[-1] if sizes.spaces else num_items,
             batch_size=batch_size, row_tokens=row_tokens, rows=rows, layout=layout, between=between,
         )  # fmt: skip
         self._prior: dict[tuple[int, ...], float] = {}
