@@ -215,7 +215,8 @@ def test_recommendations_come_from_the_set_that_is_named(trained: Path) -> None:
     answer = recommend(trained, user="3", set_name="toys", count=ITEMS["toys"])
     with run.trained(trained) as (s, _, _):
         data = s.one_set("toys").prepared.data
-    history = [data.catalogue.titles[i] for i in data.history(3, int(data.offsets[4]))]
+    user = data.user_ids.index("3")
+    history = [data.catalogue.titles[i] for i in data.history(user, int(data.offsets[user + 1]))]
     assert answer["history"] == history
     assert {row["title"] for row in answer["items"]} == set(data.catalogue.titles) - set(history)
 
