@@ -157,7 +157,8 @@ def refit(run_dir: str, overrides: tuple[str, ...]) -> None:
     type=click.Path(),
     help="Evaluate a file (user_id, item_id, score) on RUN_DIR's data instead of its model.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@click.option("--set", "set_name", default="", help="Of a mixture: the one set to measure. [default: all of them]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line; a mixture's by set.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def evaluate(
     run_dir: str | None,
@@ -165,13 +166,14 @@ def evaluate(
     protocol: str | None,
     split: str,
     recommendations: str | None,
+    set_name: str,
     as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
     """Measure a run beside the classic recommenders and the tuned baselines of its data, with 95 % intervals."""
     from instructrec_jax.data.schema import SPLIT_NAMES
     from instructrec_jax.evaluate import evaluate as evaluate_run
-    from instructrec_jax.evaluate import summary_json
+    from instructrec_jax.evaluate import evaluate_sets, summary_json
     from instructrec_jax.training import hosts
 
     if auto_dir is not None and run_dir is not None and run_dir.startswith("--"):
@@ -187,20 +189,26 @@ def evaluate(
     if recommendations:
         from instructrec_jax.evaluate import evaluate_file
 
-        result = evaluate_file(run_dir, recommendations, split=SPLIT_NAMES.index(split))
+        result = evaluate_file(run_dir, recommendations, split=SPLIT_NAMES.index(split), set_name=set_name)
         print_result(result.to_json())
         if as_json:
             click.echo(json.dumps(result.means()))
         return
     extra = ("--evaluate.protocol", protocol) if protocol else ()
-    payload = evaluate_run(run_dir, (*overrides, *extra), split=SPLIT_NAMES.index(split), say=say)
+    settings, number = (*overrides, *extra), SPLIT_NAMES.index(split)
+    if set_name:
+        payloads = [evaluate_run(run_dir, settings, split=number, set_name=set_name, say=say)]
+    else:
+        payloads = evaluate_sets(run_dir, settings, split=number, say=say)
     if not hosts.first():
         return
-    for part in ("next_item", "search", "likelihood", "wordings"):
-        if payload[part]:
-            print_result(payload[part])
+    for payload in payloads:
+        for part in ("next_item", "search", "likelihood", "wordings"):
+            if payload[part]:
+                print_result(payload[part])
     if as_json:
-        click.echo(json.dumps(summary_json(payload)))
+        found = {payload["set"]: summary_json(payload) for payload in payloads}
+        click.echo(json.dumps(found.get(None, found)))
 
 
 @cli.command(context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
@@ -263,15 +271,16 @@ def results(
 @cli.command("hard-modes", context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
 @click.argument("run_dir", type=click.Path())
 @click.option("--split", type=click.Choice(["test", "valid"]), default="test", show_default=True)
+@click.option("--set", "set_name", default="", help="Of a mixture: which set.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def hard_modes(run_dir: str, split: str, as_json: bool, overrides: tuple[str, ...]) -> None:
+def hard_modes(run_dir: str, split: str, set_name: str, as_json: bool, overrides: tuple[str, ...]) -> None:
     """Measure a run where recommending is hard: cold users and items, the long tail, strong rivals, other orders."""
     from instructrec_jax.data.schema import SPLIT_NAMES
     from instructrec_jax.hard_modes import hard_modes as measure
 
     say = _start("measure the hard cases")
-    found = measure(run_dir, overrides, split=SPLIT_NAMES.index(split), say=say)
+    found = measure(run_dir, overrides, split=SPLIT_NAMES.index(split), set_name=set_name, say=say)
     for table in found["tables"]:
         print_result(table)
     if as_json:
@@ -290,6 +299,7 @@ def hard_modes(run_dir: str, split: str, as_json: bool, overrides: tuple[str, ..
     "--language", type=click.Choice(["en", "zh"]), help="Language of the instruction. [default: the run's first]"
 )
 @click.option("-k", "count", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--set", "set_name", default="", help="Of a mixture: which set.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def recommend(
     run_dir: str,
@@ -299,6 +309,7 @@ def recommend(
     preference: str | None,
     language: str | None,
     count: int,
+    set_name: str,
     as_json: bool,
 ) -> None:
     """Recommend for a user, known or new, with or without a wish."""
@@ -306,7 +317,14 @@ def recommend(
     from instructrec_jax.recommend import recommend as recommend_for
 
     answer = recommend_for(
-        run_dir, user=user, items=items, wish=wish, preference=preference, language=language, count=count
+        run_dir,
+        user=user,
+        items=items,
+        wish=wish,
+        preference=preference,
+        language=language,
+        count=count,
+        set_name=set_name,
     )
     if as_json:
         click.echo(json.dumps(answer, ensure_ascii=False))
@@ -349,6 +367,7 @@ def recommend(
 @click.option("-k", "count", type=click.IntRange(1), default=20, help="Best items of a whole catalogue.")
 @click.option("--keep-seen", is_flag=True, help="Whole catalogue: rank items of the history too.")
 @click.option("--shard-size", type=click.IntRange(1), default=1000, help="Requests between points to go on from.")
+@click.option("--set", "set_name", default="", help="Of a mixture: which set.")
 @click.option("--restart", is_flag=True, help="Throw away the parts of an earlier command.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def score(run_dir: str, requests: str, out: str, **options: Any) -> None:

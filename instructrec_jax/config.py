@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -230,7 +230,7 @@ class TrainConfig:
     batch_size: int = 32  # B, packed rows per step over all devices
     sequence_length: int = 128  # S, tokens per packed row
     # Task, as named in the log, to the epoch at which it begins: {search: 0.5, rerank: 1}. The others begin at 0 (data/curriculum.py).
-    curriculum: dict[str, float] = field(default_factory=dict)
+    curriculum: dict[str, float] = field(default_factory=dict, hash=False)
     accumulate: int = 1  # micro-batches per step, combined by sums and weights
     learning_rate: float = 2e-3
     warmup_steps: int = 100
@@ -331,6 +331,9 @@ class Config:
 
     name: str = "ml-latest-small"
     prepared: str = "prepared"  # folder of prepared data sets
+    # Several prepared data sets in one run: config file of each to its share of the examples; 0 = none, its items are there all the same.
+    # `data` and `instructions` are then those of the sets' own configs.
+    mixture: dict[str, float] = field(default_factory=dict)
     runs: str = "runs"  # folder of runs, or gs://bucket/folder; with several processes one that all of them see
     data: DataConfig = DataConfig()
     instructions: InstructionConfig = InstructionConfig()
@@ -354,6 +357,34 @@ class Config:
         """Where ``data prepare`` writes this config's data set."""
         return path_of(self.prepared) / self.name
 
+    def members(self) -> list[Config]:
+        """The configs of a mixture's sets, their data in this config's folder of prepared data sets.
+
+        Raises:
+            ConfigError: two of one name, a mixture in a mixture, or settings of data or instructions beside it.
+        """
+        members = [replace(load(path), prepared=self.prepared) for path in self.mixture]
+        names = [member.name for member in members]
+        if len({*names, self.name}) <= len(names):
+            raise ConfigError(f"mixture: names {', '.join([self.name, *names])}", remedy="give each a name of its own")
+        if any(member.mixture for member in members):
+            raise ConfigError("mixture: one of its sets is a mixture", remedy="list the sets of that one")
+        if stray := [*changed(self.data), *changed(self.instructions).keys() - {"seed", "shard_records"}]:
+            raise ConfigError(
+                f"mixture: {', '.join(stray)} beside it",
+                remedy="set what concerns data and instructions in the sets' configs",
+            )
+        return members
+
+    def member(self, number: int) -> Config:
+        """This config with name, data and instructions of a set: how its prompts are made. A config that is no mixture is its own."""
+        if not self.mixture:
+            return self
+        own = self.members()[number]
+        # Lists of negatives and taught texts are for training prompts alone, which are written.
+        instructions = replace(own.instructions, negatives="uniform", negatives_file="", teacher="")
+        return replace(self, name=own.name, mixture={}, data=own.data, instructions=instructions)
+
     def data_hash(self) -> str:
         """Hash of everything that decides the content of the prepared data."""
         names = ("vocab_size", "content_features", "cooccurrence_features", "text_encoder", "pretrained")
@@ -363,6 +394,8 @@ class Config:
         # The words in them decide, not only where they are.
         files = (*self.instructions.templates, *self.instructions.packs, self.instructions.negatives_file)
         parts += [_digest(path) for path in files if path]
+        if self.mixture:
+            parts += [[member.data_hash(), weight] for member, weight in zip(self.members(), self.mixture.values())]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
@@ -385,6 +418,10 @@ def run_dir(config: Config) -> Path:
         "teacher",
     )  # decide nothing of what is learnt
     tree = {k: v for k, v in changed(config).items() if k not in outside}
+    if config.mixture:  # a set is what its config says, not where it lies
+        tree["mixture"] = [
+            [member.data_hash(), weight] for member, weight in zip(config.members(), config.mixture.values())
+        ]
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
     return path_of(config.runs) / f"{config.name}-{digest[:8]}"
 
@@ -397,7 +434,7 @@ def check_same_run(config: Config, folder: Path) -> None:
     """
     if not (folder / "config.yaml").is_file():
         return
-    sections = ("data", "instructions", "model", "train")
+    sections = ("mixture", "data", "instructions", "model", "train")
     before, now = to_dict(load(folder / "config.yaml")), to_dict(config)
     old, new = (leaves({s: tree[s] for s in sections}) for tree in (before, now))
     other = [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in {**new, **old} if old.get(key) != new.get(key)]

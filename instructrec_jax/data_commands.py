@@ -34,7 +34,8 @@ def prepare_data(config: str, engine: Literal["local", "beam"], overrides: tuple
     if engine == "beam":
         prepare.beam_engine()  # before anything is read
     begun = time.perf_counter()
-    click.echo(f"{settings.name}: {settings.data.source} {settings.data.path}")
+    what = ", ".join(settings.mixture) or f"{settings.data.source} {settings.data.path}"
+    click.echo(f"{settings.name}: {what}")
     prepared = prepare.prepare(settings, click.echo, progress, engine=engine, beam_options=beam_options)
     click.echo(f"prepared in {time.perf_counter() - begun:.1f} s: {prepared.folder}")
     print_statistics(prepared.manifest["statistics"])

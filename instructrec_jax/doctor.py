@@ -77,11 +77,14 @@ def _examine_config(path: str, say: Callable[[str], None]) -> list[str]:
     problems = []
     try:
         config = configs.load(path)
+        members = config.members() if config.mixture else [config]
     except UserError as error:
         return [str(error)]
     say(f"config {path}: {config.name}")
-    if config.data.source != "embedded":
-        folder = Path(config.data.path)
+    for member in members:
+        if member.data.source == "embedded":
+            continue
+        folder = Path(member.data.path)
         say(f"  data path {folder}: {'found' if folder.is_dir() else 'missing'}")
         if not folder.is_dir():
             problems.append(f"the data path {folder} does not exist: set data.path, or give --data.path")

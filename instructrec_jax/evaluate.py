@@ -107,74 +107,97 @@ def against_negatives(s: Measured, task: Task, n: int) -> tuple[str, Task]:
     return name, Task(task.cases, task.histories, negatives)
 
 
-def evaluate(run_dir: str | Path, overrides: Sequence[str] = (), *, split: int = TEST, say: Say) -> dict[str, Any]:
+def evaluate(
+    run_dir: str | Path, overrides: Sequence[str] = (), *, split: int = TEST, set_name: str = "", say: Say
+) -> dict[str, Any]:
     """Evaluate a run's best checkpoint and write ``evaluation/<protocol>.json`` and the model's lists beside it.
 
     Returns the content of that file (see ``docs/metrics.md``): ``next_item``, ``search``, ``likelihood`` and ``wordings`` are
-    ``EvaluationResult`` objects in JSON.
+    ``EvaluationResult`` objects in JSON. Of a mixture ``set_name`` says which set (``evaluate_sets`` takes all).
+
+    Raises:
+        UserError: the folder is no trained run, the split has no cases, or a mixture and no name of a set.
     """
     run_dir = path_of(run_dir)
     with trained(run_dir, tuple(overrides)) as (s, params, step):
-        settings, data = s.config.evaluate, s.prepared.data
-        cases = data.cases(split)
-        if not len(cases):
-            raise UserError(f"the {SPLIT_NAMES[split]} split has no cases", remedy="see data.split in the config")
-        if not s.sizes.items:
-            cases = sample_cases(cases, settings.likelihood_users or len(cases), s.config.train.seed + 1)
-        task = Task(cases, case_histories(s, cases))
-        protocol, wanted = "full", settings.protocol
-        if wanted == "full" and not s.sizes.items:
-            wanted = "1+9"
-            say("the model has no item head: titles are scored by their likelihood, on 1+9 candidates")
-        if wanted != "full":
-            protocol, task = against_negatives(s, task, int(wanted.removeprefix("1+")))
-        scorer = s.scorer(params, memory="all" if split == TEST else "train")
-        say(
-            f"{data.name}, {SPLIT_NAMES[split]} split, {len(cases):,} cases, {data.num_items:,} items; protocol {protocol}; step {step}"
-        )
+        return _evaluated(s.one_set(set_name), params, step, run_dir, split, sample_prompts(s.prepared), say)
 
-        fitted = fit_baselines(s, include_valid=split == TEST, say=say)
-        next_item, ranked = _next_item(s, params, scorer, task, fitted, protocol, split, say)
-        search = likelihood = worded = None
-        if s.sizes.items:
-            search = _search(s, scorer, cases, fitted, split, say)
-            likelihood = _likelihood(s, scorer, cases, split, say) if settings.likelihood_users else None
-            worded = wordings.measure(s, scorer, cases, split, say) if settings.wording_cases else None
 
-        model = ranked[MODEL]
-        value = metrics.metrics_at(model.ranks, (10,))["ndcg@10"]
-        lengths = np.asarray([len(h) for h in task.histories])
-        heat = slices.heat_map(value, lengths, data.train_popularity[cases.target])
-        curves = {name: slices.lorenz(metrics.exposure(r.lists, data.num_items, 10)) for name, r in ranked.items()}
-        payload = {
-            "protocol": protocol,
-            "split": SPLIT_NAMES[split],
-            "run": run_dir.name,
-            "best_step": step,
-            "next_item": next_item.to_json(),
-            "search": search and search.to_json(),
-            "likelihood": likelihood and likelihood.to_json(),
-            "wordings": worded and worded.to_json(),
-            "heat_map": {
-                "rows": heat.rows,
-                "columns": heat.columns,
-                "ndcg": _numbers(heat.mean),
-                "count": heat.count.tolist(),
-            },
-            "lorenz": {name: {"x": x.tolist(), "y": y.tolist()} for name, (x, y) in curves.items()},
-            "users": sample_users(data, cases, task.histories, model.lists, model.scores, model.ranks),
-            "prompts": sample_prompts(s.prepared),
-            "statistics": s.prepared.manifest["statistics"],
-            "steps": [asdict(step) for step in data.steps],
-        }
-        if not hosts.first():
-            return payload
-        folder = run_dir / "evaluation"
-        name = file_name(protocol, split)
-        write_json(folder / f"{name}.json", payload)
-        write_lists(folder / f"{name}_model.csv.gz", s.prepared.data, cases, model)
-        say(f"written: {folder / name}.json and the model's lists beside it")
+def evaluate_sets(
+    run_dir: str | Path, overrides: Sequence[str] = (), *, split: int = TEST, say: Say
+) -> list[dict[str, Any]]:
+    """``evaluate`` of every set of a mixture, in the order of its config; of another run of its one data set."""
+    run_dir = path_of(run_dir)
+    with trained(run_dir, tuple(overrides)) as (s, params, step):
+        prompts = sample_prompts(s.prepared)
+        return [_evaluated(part, params, step, run_dir, split, prompts, say) for part in s.sets()]
+
+
+def _evaluated(
+    s: Session, params: Any, step: int, run_dir: Path, split: int, prompts: list[dict[str, Any]], say: Say
+) -> dict[str, Any]:
+    """All tables of one data set, written. ``prompts``: examples of what the run was trained on."""
+    settings, data = s.config.evaluate, s.prepared.data
+    cases = data.cases(split)
+    if not len(cases):
+        raise UserError(f"the {SPLIT_NAMES[split]} split has no cases", remedy="see data.split in the config")
+    if not s.sizes.items:
+        cases = sample_cases(cases, settings.likelihood_users or len(cases), s.config.train.seed + 1)
+    task = Task(cases, case_histories(s, cases))
+    protocol, wanted = "full", settings.protocol
+    if wanted == "full" and not s.sizes.items:
+        wanted = "1+9"
+        say("the model has no item head: titles are scored by their likelihood, on 1+9 candidates")
+    if wanted != "full":
+        protocol, task = against_negatives(s, task, int(wanted.removeprefix("1+")))
+    scorer = s.scorer(params, memory="all" if split == TEST else "train")
+    say(
+        f"{data.name}, {SPLIT_NAMES[split]} split, {len(cases):,} cases, {data.num_items:,} items; protocol {protocol}; step {step}"
+    )
+
+    fitted = fit_baselines(s, include_valid=split == TEST, say=say)
+    next_item, ranked = _next_item(s, params, scorer, task, fitted, protocol, split, say)
+    search = likelihood = worded = None
+    if s.sizes.items:
+        search = _search(s, scorer, cases, fitted, split, say)
+        likelihood = _likelihood(s, scorer, cases, split, say) if settings.likelihood_users else None
+        worded = wordings.measure(s, scorer, cases, split, say) if settings.wording_cases else None
+
+    model = ranked[MODEL]
+    value = metrics.metrics_at(model.ranks, (10,))["ndcg@10"]
+    lengths = np.asarray([len(h) for h in task.histories])
+    heat = slices.heat_map(value, lengths, data.train_popularity[cases.target])
+    curves = {name: slices.lorenz(metrics.exposure(r.lists, data.num_items, 10)) for name, r in ranked.items()}
+    payload = {
+        "protocol": protocol,
+        "split": SPLIT_NAMES[split],
+        "run": run_dir.name,
+        "set": s.space and data.name,
+        "best_step": step,
+        "next_item": next_item.to_json(),
+        "search": search and search.to_json(),
+        "likelihood": likelihood and likelihood.to_json(),
+        "wordings": worded and worded.to_json(),
+        "heat_map": {
+            "rows": heat.rows,
+            "columns": heat.columns,
+            "ndcg": _numbers(heat.mean),
+            "count": heat.count.tolist(),
+        },
+        "lorenz": {name: {"x": x.tolist(), "y": y.tolist()} for name, (x, y) in curves.items()},
+        "users": sample_users(data, cases, task.histories, model.lists, model.scores, model.ranks),
+        "prompts": prompts,
+        "statistics": s.prepared.manifest["statistics"],
+        "steps": [asdict(step) for step in data.steps],
+    }
+    if not hosts.first():
         return payload
+    folder = run_dir / "evaluation"
+    name = file_name(protocol, split) + (f"_{data.name}" if s.space else "")
+    write_json(folder / f"{name}.json", payload)
+    write_lists(folder / f"{name}_model.csv.gz", s.prepared.data, cases, model)
+    say(f"written: {folder / name}.json and the model's lists beside it")
+    return payload
 
 
 def write_lists(path: Path, data: SplitData, cases: Cases, ranked: Ranked) -> None:
@@ -187,11 +210,11 @@ def write_lists(path: Path, data: SplitData, cases: Cases, ranked: Ranked) -> No
     write_recommendations(path, data, users, ranked.lists[first], ranked.scores[first])
 
 
-def evaluate_file(run_dir: str | Path, file: str | Path, *, split: int = TEST) -> EvaluationResult:
+def evaluate_file(run_dir: str | Path, file: str | Path, *, split: int = TEST, set_name: str = "") -> EvaluationResult:
     """Metrics of a recommendation file (user_id, item_id, score) made by anything, on the split of a run's data.
 
     Raises:
-        UserError: the folder is no run, or the file cannot be used; the message names the row.
+        UserError: the folder is no run, a mixture and no name of a set, or the file cannot be used; the message names the row.
     """
     run_dir = path_of(run_dir)
     if not (run_dir / "config.yaml").is_file():
@@ -199,7 +222,9 @@ def evaluate_file(run_dir: str | Path, file: str | Path, *, split: int = TEST) -
             f"{run_dir} is not a run: it has no config.yaml", remedy="give the folder that `instructrec train` printed"
         )
     config = configs.load(run_dir / "config.yaml")
-    data = prepare.load(config).data
+    prepared = prepare.load(config)
+    config, prepared, _ = prepare.each_set(config, prepared)[prepare.number_of(config, prepared, set_name)]
+    data = prepared.data
     cutoffs = config.evaluate.cutoffs
     recommendations = read_recommendations(file, data, k=max(cutoffs), user_key=user_keys(config.data.hash_ids))
     row = evaluate_lists(recommendations, data, split=split, cutoffs=cutoffs)

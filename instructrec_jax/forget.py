@@ -70,10 +70,15 @@ def forget(config: Config, user_id: str) -> Forgotten:
         user_id: as in the log; with ``data.hash_ids`` also as in the prepared data.
 
     Raises:
-        UserError: no such user (also where they were forgotten before), another command works on the folder, or it is in a
-            bucket.
+        UserError: a mixture, no such user (also where they were forgotten before), another command works on the folder, or it is in
+            a bucket.
         DataError: the data are not prepared with these settings, or damaged.
     """
+    if config.mixture:
+        raise UserError(
+            f"{config.name} is a mixture",
+            remedy="forget the user in the set's own config, and prepare the mixture again",
+        )
     folder = config.prepared_dir
     refuse(folder, "data forget")
     prepared = load(config)

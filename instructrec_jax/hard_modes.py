@@ -43,14 +43,19 @@ _ORDERS = 5  # of the candidates of one case
 _RIVALS = (9, 99)
 
 
-def hard_modes(run_dir: str | Path, overrides: Sequence[str] = (), *, split: int = TEST, say: Say) -> dict[str, Any]:
+def hard_modes(
+    run_dir: str | Path, overrides: Sequence[str] = (), *, split: int = TEST, set_name: str = "", say: Say
+) -> dict[str, Any]:
     """Measure the hard cases of a run, write ``RUN_DIR/hard_modes.json`` and return what it holds.
 
+    Of a mixture ``set_name`` says which set, and the file is in ``RUN_DIR/sets/NAME``.
+
     Raises:
-        UserError: the folder is no run, its model has no item head, or the split has no cases.
+        UserError: the folder is no run, its model has no item head, the split has no cases, or a mixture and no name of a set.
     """
     run_dir = path_of(run_dir)
-    with trained(run_dir, tuple(overrides)) as (s, params, step):
+    with trained(run_dir, tuple(overrides)) as (whole, params, step):
+        s = whole.one_set(set_name)
         if not s.sizes.items:
             raise UserError(f"the model of {run_dir} has no item head", remedy="see model.trainable")
         cases = sample_cases(s.prepared.data.cases(split), _CASES, s.config.train.seed)
@@ -71,8 +76,9 @@ def hard_modes(run_dir: str | Path, overrides: Sequence[str] = (), *, split: int
             "candidate_order": hard.candidate_order(),
         }
     if hosts.first():
-        write_json(run_dir / FILE, payload)
-        say(f"written: {run_dir / FILE}")
+        assert s.run_dir is not None
+        write_json(s.run_dir / FILE, payload)
+        say(f"written: {s.run_dir / FILE}")
     return payload
 
 

@@ -33,9 +33,10 @@ from instructrec_jax.data import features as feature_tables
 from instructrec_jax.data import records, sources, store, tokenizer
 from instructrec_jax.data.cleaning import clean
 from instructrec_jax.data.features import UserFeatures
+from instructrec_jax.data.mixture import Space, own, own_users
 from instructrec_jax.data.schema import SplitData
 from instructrec_jax.data.splits import split
-from instructrec_jax.errors import ConfigError, DataError, UserError
+from instructrec_jax.errors import ConfigError, DataError, UserError, did_you_mean
 from instructrec_jax.evaluation.hard_negatives import read_lists
 from instructrec_jax.files import in_bucket, read_json, sha256, write_json
 from instructrec_jax.instructions.build import FAMILIES, Builder
@@ -46,14 +47,14 @@ from instructrec_jax.instructions.teacher.texts import TEXTS, TaughtWords
 Say = Callable[[str], None]
 Progress = Callable[[str, int, Iterator], Iterator]  # label, expected length, iterator -> the same items
 
-_FILES = (
+FILES = (
     "item_features.npy",
     "user_features.npz",
     "tokenizer/tokenizer.json",
 )  # data/ and records/ have their own manifests
 NEGATIVES = "negatives.npy"  # int32 [U, k]: items of every user, best first, -1 = none
 _PART_EVENTS = 1 << 17  # events of a part of the users, about
-_TOKENIZER_SAMPLE = 20_000  # rendered examples that the tokeniser is trained on, beside all titles
+TOKENIZER_SAMPLE = 20_000  # rendered examples that the tokeniser is trained on, beside all titles
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,47 @@ class Prepared:
     item_features: Float[np.ndarray, "I Fc"]
     users: UserFeatures
     manifest: dict[str, Any]
+    sets: tuple[Space, ...] = ()  # of a mixture
 
     @property
     def records(self) -> Path:
         """Folder of the instruction records."""
         return self.folder / "records"
 
+    @property
+    def num_records(self) -> int:
+        """Number of the instruction records."""
+        return records.read_manifest(self.records)["records"]
+
+    def part(self, space: Space) -> Prepared:
+        """One set of a mixture with its own items and users, numbered and named as before; records and tokeniser are the whole's."""
+        manifest = {**self.manifest, "statistics": space.statistics}
+        features = self.item_features[slice(*space.items)]
+        return Prepared(self.folder, own(self.data, space), self.text, features, own_users(self.users, space), manifest)
+
     def builder(self, config: Config) -> Builder:
         """Prompts over this data set."""
         return builder_of(self.data, self.users, config, self.folder)
+
+
+def each_set(config: Config, prepared: Prepared) -> list[tuple[Config, Prepared, Space | None]]:
+    """Config, data and place of every set of a mixture; another config with its data is its own only set."""
+    if not prepared.sets:
+        return [(config, prepared, None)]
+    return [(config.member(n), prepared.part(space), space) for n, space in enumerate(prepared.sets)]
+
+
+def number_of(config: Config, prepared: Prepared, name: str = "") -> int:
+    """Which of ``each_set`` has a name; "" where there is only one.
+
+    Raises:
+        UserError: there is no such set, or there are several and no name is given.
+    """
+    names = [space.name for space in prepared.sets] or [config.name]
+    if name in names or (not name and len(names) == 1):
+        return names.index(name) if name else 0
+    what = f"{config.name} has no set {name!r}{did_you_mean(name, names)}" if name else f"{config.name} is a mixture"
+    raise UserError(what, remedy=f"--set with one of {', '.join(names)}")
 
 
 def builder_of(data: SplitData, users: UserFeatures, config: Config, folder: Path) -> Builder:
@@ -108,8 +141,14 @@ def prepare(
         DataError: bad input, naming file, row and column.
         ConfigError: settings that do not fit the data.
     """
+    if config.mixture:
+        if engine != "local":
+            raise UserError("a mixture is written by --engine local", remedy="--engine beam prepares each of its sets")
+        from instructrec_jax.mixture import mix
+
+        return mix(config, say, progress)
     final = config.prepared_dir
-    _check_replaceable(final)
+    check_replaceable(final)
     raw = clean(sources.read(config.data, config.name), config.data.clean)
     data = split(raw, config.data.split)
     for step in data.steps:
@@ -123,9 +162,9 @@ def prepare(
     try:
         store.save_split(data, fresh / "data")
         say("  item and user features")
-        encoded = _encoded(data, config, say) if config.model.text_encoder else None
+        vectors = encoded(data, config, say) if config.model.text_encoder else None
         item_features = feature_tables.item_features(
-            data, config.model.content_features, config.model.cooccurrence_features, encoded
+            data, config.model.content_features, config.model.cooccurrence_features, vectors
         )
         users = feature_tables.user_features(data)
         np.save(fresh / "item_features.npy", item_features)
@@ -170,9 +209,7 @@ def prepare(
                 "skipped": skipped,
                 "words": words,
                 **({"negatives": drawn} if drawn else {}),
-                "files": {
-                    name: sha256(fresh / name) for name in (*_FILES, TEXTS, NEGATIVES) if (fresh / name).exists()
-                },
+                "files": {name: sha256(fresh / name) for name in (*FILES, TEXTS, NEGATIVES) if (fresh / name).exists()},
             },
         )
         if in_bucket(final):
@@ -187,7 +224,7 @@ def prepare(
     return load(config)
 
 
-def _encoded(data: SplitData, config: Config, say: Say) -> Float[np.ndarray, "I D"]:
+def encoded(data: SplitData, config: Config, say: Say) -> Float[np.ndarray, "I D"]:
     """What the text encoder makes of the items."""
     import jax
 
@@ -200,9 +237,9 @@ def _encoded(data: SplitData, config: Config, say: Say) -> Float[np.ndarray, "I 
         return encode_texts(resolve(config.model.text_encoder), feature_tables.item_sentences(data))
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     """Only a folder that ``prepare`` wrote may be replaced as a whole."""
-    ours = {"manifest.json", "data", "records", "tokenizer", TEXTS, NEGATIVES, *_FILES}
+    ours = {"manifest.json", "data", "records", "tokenizer", TEXTS, NEGATIVES, *FILES}
     if folder.exists() and (not folder.is_dir() or any(p.name not in ours for p in folder.iterdir())):
         raise ConfigError(
             f"{folder} is there and is not a prepared data set", remedy="choose another name or prepared folder"
@@ -263,7 +300,7 @@ def _texts(data: SplitData, builder: Builder) -> Iterator[str]:
     yield from (tag for _, _, tag in data.tags)
     total = max(builder.num_windows * 3, 1)
     # Evenly spaced over the stream, so that every family is in the sample.
-    every = max(1, total // _TOKENIZER_SAMPLE)
+    every = max(1, total // TOKENIZER_SAMPLE)
     for example in islice(builder.training_examples(), 0, None, every):
         yield example.prompt
         if example.answer:
@@ -304,4 +341,5 @@ def load(config: Config) -> Prepared:
         text = tokenizer.load_pretrained(folder / "tokenizer", config.model.chat)
     else:
         text = tokenizer.load(folder / "tokenizer")
-    return Prepared(folder, data, text, np.load(folder / "item_features.npy"), users, manifest)
+    sets = tuple(Space.from_json(tree) for tree in manifest.get("sets", ()))
+    return Prepared(folder, data, text, np.load(folder / "item_features.npy"), users, manifest, sets)

@@ -23,6 +23,7 @@ def recommend(
     preference: str | None = None,
     language: str | None = None,
     count: int = 10,
+    set_name: str = "",
 ) -> dict[str, Any]:
     """The ``count`` best catalogue items that the person has not had yet.
 
@@ -34,6 +35,7 @@ def recommend(
         preference: taste in words.
         language: "en" or "zh".
         count: length of the list.
+        set_name: of a mixture, the set whose items are ranked.
 
     Returns:
         ``{"user", "wish", "history": [titles], "items": [{"item_id", "title", "score", "about"}]}``; the score is the log probability
@@ -42,7 +44,8 @@ def recommend(
     Raises:
         UserError: unknown user or item (with the nearest known title), or a folder that is no trained run.
     """
-    with trained(run_dir) as (s, params, _step):
+    with trained(run_dir) as (whole, params, _step):
+        s = whole.one_set(set_name)
         data = s.prepared.data
         history: list[int] = []
         features = ()

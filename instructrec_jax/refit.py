@@ -24,12 +24,17 @@ def refit_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config that trains a finished run again, with its validation events among the training events.
 
     Raises:
-        UserError: the folder is not a run, the run has not come to its end, or it is itself a refit.
+        UserError: the folder is not a run, the run has not come to its end, it is itself a refit, or a mixture.
     """
     run_dir = path_of(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is not a run: it has no config.yaml", remedy="give the folder of a finished run")
     config = configs.load(run_dir / "config.yaml", overrides)
+    if config.mixture:
+        raise UserError(
+            f"{run_dir} is a mixture, whose splits are those of its sets",
+            remedy="set data.split.learn_valid: true in the sets' configs, and train.steps to the best step",
+        )
     if config.data.split.learn_valid:
         raise UserError(f"{run_dir} has learnt from the validation events already")
     end = (

@@ -17,6 +17,7 @@ from instructrec_jax import config as configs
 from instructrec_jax import prepare
 from instructrec_jax.config import Config
 from instructrec_jax.data.loader import training_iterator
+from instructrec_jax.data.mixture import Space
 from instructrec_jax.data.schema import VALID, Cases
 from instructrec_jax.errors import ConfigError, UserError
 from instructrec_jax.evaluation.hard_negatives import DEPTH, list_name, read_lists
@@ -34,7 +35,7 @@ from instructrec_jax.models.new_items import with_new_items
 from instructrec_jax.models.sharding import RULES, check_divides, padded, put
 from instructrec_jax.scoring import Request, Scorer
 from instructrec_jax.training import hosts
-from instructrec_jax.training.checkpoint import Checkpoints
+from instructrec_jax.training.checkpoint import METRIC, Checkpoints
 from instructrec_jax.training.goodput import Ledger
 from instructrec_jax.training.loop import Finished, train
 from instructrec_jax.training.mesh import data_slice, make_mesh
@@ -63,7 +64,41 @@ class Session:
     sizes: Sizes
     content: jax.Array
     model_folder: Path | None = None  # of the published model, if there is one
-    run_dir: Path | None = None  # of the trained run, if it is one
+    run_dir: Path | None = None  # of the trained run, if it is one; of a mixture's set its folder in there
+    space: Space | None = None  # of one set of a mixture: where it lies in the model's tables
+
+    def sets(self) -> list[Session]:
+        """One session for each set of a mixture, over its own items and users; another config is its own only set."""
+        if not self.prepared.sets:
+            return [self]
+        return [
+            dataclasses.replace(
+                self,
+                config=config,
+                prepared=prepared,
+                builder=prepared.builder(config),
+                run_dir=self.run_dir and set_dir(self.run_dir, space),
+                space=space,
+            )
+            for config, prepared, space in prepare.each_set(self.config, self.prepared)
+        ]
+
+    def one_set(self, name: str = "") -> Session:
+        """The session of a set by its name; "" where there is only one.
+
+        Raises:
+            UserError: there is no such set, or there are several and no name is given.
+        """
+        return self.sets()[prepare.number_of(self.config, self.prepared, name)]
+
+    @property
+    def learnt(self) -> Int[np.ndarray, " I"]:
+        """Training events of every item that training shows: none of a set of weight 0."""
+        popularity = self.prepared.data.train_popularity.copy()
+        for space in self.prepared.sets:
+            if not space.weight:
+                popularity[slice(*space.items)] = 0
+        return popularity
 
     def start(self) -> tuple[Tree, Tree]:
         """(trained, frozen) at step 0: fresh, or the published model with a fresh adapter and item tokens."""
@@ -111,6 +146,7 @@ class Session:
             data.catalogue.titles,
             batch_size=batch_size or self.config.evaluate.batch_size,
             language=self.language,
+            space=self.space,
             between=between,
             memory=links,
         )
@@ -141,7 +177,9 @@ def session(config: Config) -> Iterator[Session]:
         ConfigError: the mesh does not fit the devices.
     """
     adapters.check(config.model)
-    _check_answers(config)
+    parts = [config.member(number) for number in range(len(config.mixture) or 1)]
+    for part in parts:
+        _check_answers(part)
     prepared = prepare.load(config)
     folder = None
     if config.model.pretrained:
@@ -156,7 +194,8 @@ def session(config: Config) -> Iterator[Session]:
                 remedy="use it for item features (model.text_encoder), and a decoder or encoder-decoder as model.pretrained",
             )
         check_tokenizer(prepared.text.vocab_size, arch, folder)
-        _check_encoder_decoder(config, arch)
+        for part in parts:
+            _check_encoder_decoder(part, arch)
         vocab = padded(arch.vocab)
     else:
         vocab = padded(prepared.text.vocab_size)
@@ -170,7 +209,8 @@ def session(config: Config) -> Iterator[Session]:
         sizes = Sizes(vocab)
         if config.model.uses_items:
             users = padded(len(prepared.users.names), 64) if prepared.users.names else 0
-            sizes = Sizes(vocab, rows, users, features.shape[1])
+            spaces = tuple(space.items[1] for space in prepared.sets)
+            sizes = Sizes(vocab, rows, users, features.shape[1], spaces)
         check_divides(arch, mesh.shape, mesh.shape["replica"] * mesh.shape["fsdp"], sizes.tables)
         yield Session(
             config,
@@ -214,36 +254,26 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
     """Train (or resume) a run of a prepared config."""
     ledger = Ledger()
     with session(config) as s:
-        valid = sample_cases(s.prepared.data.cases(VALID), config.train.eval_users, config.train.seed)
-        unmeasured = config.data.split.learn_valid
-        if not len(valid) and not unmeasured:
-            raise UserError("the validation split is empty", remedy="see data.split and data.clean.min_user_events")
         if s.by_items and not s.sizes.items:
             raise ConfigError(
                 "train.eval_method = items, but the model has no item head",
                 remedy="likelihood or auto, or items in model.trainable",
             )
+        learning = [part for part in s.sets() if part.space is None or part.space.weight]
         if config.model.item_memory.past:
-            check_memory(config.model.item_memory, s.by_items, s.prepared.data.num_items)
+            for part in learning:
+                check_memory(config.model.item_memory, s.by_items, part.prepared.data.num_items)
+        validations = [Validation(part) for part in learning if not part.config.data.split.learn_valid]
         trained_params, frozen = s.start()
-        histories = case_histories(s, valid)
-        if s.by_items or unmeasured:
-            prompts = s.sequential_prompts(valid)
-        else:
-            prompts = s.prompts("describe", valid)
-            lists = with_target(valid, frozen_negatives(s, valid, histories, 9)[1])
 
         def validate(params: Any, leave: Callable[[], None]) -> dict[str, float]:
-            variables = with_new_items(adapters.join(params, frozen), s.prepared.data.train_popularity)
-            scorer = s.scorer(variables, between=leave)
-            if s.by_items:
-                ranks = rank_cases(scorer, prompts, valid, histories)
-            else:
-                scores = scorer.score([Request(p, c) for p, c in zip(prompts, lists)], "likelihood")
-                ranks = rank_first(np.stack(scores))
-            cutoffs = (10,) if s.by_items else (1, 3, 5, 10)
-            values = metrics_at(ranks, cutoffs)
-            return {f"{m}@{k}": float(values[f"{m}@{k}"].mean()) for k in cutoffs for m in ("ndcg", "hr")}
+            variables = with_new_items(adapters.join(params, frozen), s.learnt)
+            found = [validation(variables, leave) for validation in validations]
+            mean = {key: float(np.mean([values[key] for values in found])) for key in found[0]}
+            if len(found) == 1:
+                return mean
+            names = [validation.session.config.name for validation in validations]
+            return mean | {f"{METRIC}/{name}": values[METRIC] for name, values in zip(names, found)}
 
         index, count = data_slice(make_mesh(config.mesh))
         batches = training_iterator(
@@ -268,17 +298,55 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
                 trained=trained_params,
                 frozen=frozen,
                 num_items=s.prepared.data.num_items,
-                popularity=s.prepared.data.train_popularity,
-                validate=None if unmeasured else validate,
+                popularity=s.learnt,
+                validate=validate if validations else None,
                 ledger=ledger,
                 say=say,
             )
         finally:
             batches.close()
-        if config.model.item_memory.past and not finished.stopped and not (run_dir / CHOSEN).is_file():
-            params, _ = best_params(s, run_dir)
-            fit_memory(s, params, run_dir, hosts.voice(say))
+        if config.model.item_memory.past and not finished.stopped:
+            wanted = [(part, set_dir(run_dir, part.space)) for part in learning]
+            if wanted := [(part, folder) for part, folder in wanted if not (folder / CHOSEN).is_file()]:
+                params, _ = best_params(s, run_dir)
+                for part, folder in wanted:
+                    fit_memory(part, params, folder, hosts.voice(say))
         return finished
+
+
+class Validation:
+    """The validation cases of one data set with their prompts, made once, and the metrics of parameters on them."""
+
+    def __init__(self, s: Session):
+        """Raises UserError where the split has no events."""
+        self.session, train = s, s.config.train
+        self._cases = sample_cases(s.prepared.data.cases(VALID), train.eval_users, train.seed)
+        if not len(self._cases):
+            where = f" of {s.config.name}" if s.space else ""
+            raise UserError(
+                f"the validation split{where} is empty", remedy="see data.split and data.clean.min_user_events"
+            )
+        self._histories = case_histories(s, self._cases)
+        self._prompts = s.prompts("sequential" if s.by_items else "describe", self._cases)
+        if not s.by_items:
+            self._lists = with_target(self._cases, frozen_negatives(s, self._cases, self._histories, 9)[1])
+
+    def __call__(self, variables: Any, leave: Callable[[], None]) -> dict[str, float]:
+        """Means over the cases. ``leave`` is called between device batches."""
+        scorer = self.session.scorer(variables, between=leave)
+        if self.session.by_items:
+            ranks = rank_cases(scorer, self._prompts, self._cases, self._histories)
+        else:
+            scores = scorer.score([Request(p, c) for p, c in zip(self._prompts, self._lists)], "likelihood")
+            ranks = rank_first(np.stack(scores))
+        cutoffs = (10,) if self.session.by_items else (1, 3, 5, 10)
+        values = metrics_at(ranks, cutoffs)
+        return {f"{m}@{k}": float(values[f"{m}@{k}"].mean()) for k in cutoffs for m in ("ndcg", "hr")}
+
+
+def set_dir(run_dir: Path, space: Space | None) -> Path:
+    """Where a run keeps what is of one data set, such as its item memory: in a mixture each set has a folder."""
+    return run_dir / "sets" / space.name if space else run_dir
 
 
 def best_params(s: Session, run_dir: Path) -> tuple[Any, int]:
@@ -295,7 +363,7 @@ def best_params(s: Session, run_dir: Path) -> tuple[Any, int]:
             raise UserError(f"{run_dir} has no complete checkpoint yet", remedy="run `instructrec train` on its config")
         trained_params, frozen = s.start()
         restored = checkpoints.restore_params(step, trained_params, ema=bool(config.train.ema))
-        return with_new_items(adapters.join(restored, frozen), s.prepared.data.train_popularity), step
+        return with_new_items(adapters.join(restored, frozen), s.learnt), step
     finally:
         checkpoints.close()
 

@@ -67,6 +67,7 @@ def score(
     keep_seen: bool = False,
     shard_size: int = 1000,
     restart: bool = False,
+    set_name: str = "",
     overrides: tuple[str, ...] = (),
     say: Callable[[str], None] = lambda _: None,
     warn: Callable[[str], None] = lambda _: None,
@@ -86,6 +87,7 @@ def score(
         keep_seen: also rank items of the history.
         shard_size: requests after which a killed command can go on.
         restart: throw away what an earlier command left.
+        set_name: of a mixture, the set whose items and users the requests name.
         overrides: dotted options over the run's config.
         say, warn, progress: for messages, bad lines, and the progress of the requests.
 
@@ -100,7 +102,8 @@ def score(
     digest, number = examine(requests)
     if out.exists() and out.samefile(requests):
         raise UserError(f"{out} holds the requests", remedy="another --out")
-    with trained(run_dir, overrides) as (s, params, step):
+    with trained(run_dir, overrides) as (whole, params, step):
+        s = whole.one_set(set_name)
         method = method or ("items" if s.sizes.items else "likelihood")
         _check_options(method, normalise, shifts)
         scorer = s.scorer(params)
@@ -108,7 +111,14 @@ def score(
         scorer.prepare([], **how)  # what no request could be scored with is an error at once, not one per line
         manifest = {
             "requests": {"file": requests.name, "sha256": digest},
-            "options": {**how, "k": count, "keep_seen": keep_seen, "shard_size": shard_size, "overrides": [*overrides]},
+            "options": {
+                **how,
+                "k": count,
+                "keep_seen": keep_seen,
+                "shard_size": shard_size,
+                "overrides": [*overrides],
+                **({"set": s.space.name} if s.space else {}),
+            },
             "run": {"config_sha256": sha256(path_of(run_dir) / "config.yaml"), "step": step},
         }
         with Parts.opened(out, manifest, restart) as parts:

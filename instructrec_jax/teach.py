@@ -99,6 +99,8 @@ def teach(
         ConfigError: settings that do not fit together.
         DataError: bad input.
     """
+    if config.mixture:
+        raise ConfigError(f"{config.name} is a mixture", remedy="teach its sets by their own configs")
     folder = out or folder_of(config)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "records").exists() or (folder / "config.yaml").exists():

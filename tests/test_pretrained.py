@@ -108,6 +108,26 @@ def test_prepare_train_evaluate(made: Path, model: str) -> None:
     assert payload["protocol"].startswith("1+9") and payload["search"] is None
 
 
+@pytest.mark.slow
+def test_a_mixture_of_titles(made: Path) -> None:
+    """Without item tokens: one data set under two names, of which one trains. Both are measured alike."""
+    files = {}
+    for name, weight in (("first", 1.0), ("second", 0.0)):
+        one = dataclasses.replace(config_of(made, "llama"), name=name)
+        prepare.prepare(one, lambda _: None)
+        (made / f"{name}.yaml").write_text(configs.dump(one), encoding="utf-8")
+        files[str(made / f"{name}.yaml")] = weight
+    plain = config_of(made, "llama")
+    config = dataclasses.replace(
+        plain, name="both", mixture=files, data=configs.DataConfig(), instructions=configs.InstructionConfig()
+    )
+    prepare.prepare(config, lambda _: None)
+    run.train_run(config, made / "run-both", lambda _: None)
+    first, second = (p["next_item"] for p in evaluate.evaluate_sets(made / "run-both", say=lambda _: None))
+    assert (first["data"], second["data"]) == ("first", "second") and first["protocol"].startswith("1+9")
+    assert [row["metrics"] for row in first["rows"]] == [row["metrics"] for row in second["rows"]]
+
+
 def test_an_interrupted_run_ends_like_a_whole_one(made: Path) -> None:
     """Only the adapter is in the checkpoints; the published weights are read again."""
     config = config_of(made, "llama", {"seed": 3})

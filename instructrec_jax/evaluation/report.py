@@ -208,7 +208,8 @@ def _protocol(evaluation: Evaluation, number: int) -> dict[str, Any]:
     return {
         "id": f"protocol-{number}",
         "name": evaluation.protocol,
-        "title": ("Full ranking" if evaluation.protocol == "full" else f"Candidates: {evaluation.protocol}")
+        "title": (f"{evaluation.of_set}: " if evaluation.of_set else "")
+        + ("Full ranking" if evaluation.protocol == "full" else f"Candidates: {evaluation.protocol}")
         + ("" if evaluation.split == "test" else f", {evaluation.split} split"),
         "parts": {p["key"]: p for p in parts},
         "best_step": evaluation.tree.get("best_step"),

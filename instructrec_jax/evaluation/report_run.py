@@ -57,6 +57,11 @@ class Evaluation:
         return str(self.tree["protocol"])
 
     @property
+    def of_set(self) -> str:
+        """Of a mixture: the set's name."""
+        return str(self.tree.get("set") or "")
+
+    @property
     def split(self) -> str:
         """ "test" or "valid"."""
         return str(self.tree.get("split", "test"))

@@ -39,7 +39,7 @@ _SHARES = ("coverage", "out_of_catalogue", "duplicate", "short")
 
 
 def metric_label(metric: str) -> str:
-    """``NDCG@10`` for ``ndcg@10``."""
+    """``NDCG@10`` for ``ndcg@10``, ``NDCG@10/films`` for that of a mixture's set."""
     family, at, k = metric.partition("@")
     return _LABELS.get(family, family) + at + k
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from instructrec_jax.data.mixture import Space, shifted
 from instructrec_jax.data.tokenise import encode_prompt, truncate
 from instructrec_jax.data.tokenizer import Text
 from instructrec_jax.errors import UserError
@@ -59,10 +60,20 @@ class Reader:
         max_prompt: longer prompts keep their frame's head and their newest tokens.
         max_candidate: tokens of a candidate; a longer one is cut before what ends an answer (``cut`` counts them).
         language: of the words that are put behind a prompt.
+        space: where a catalogue of a mixture lies in the model's; None = they are the same.
     """
 
-    def __init__(self, text: Text, titles: Sequence[str], *, max_prompt: int, max_candidate: int, language: str = "en"):
-        self.text, self.titles = text, titles
+    def __init__(
+        self,
+        text: Text,
+        titles: Sequence[str],
+        *,
+        max_prompt: int,
+        max_candidate: int,
+        language: str = "en",
+        space: Space | None = None,
+    ):
+        self.text, self.titles, self._space = text, titles, space
         self.max_prompt, self.max_candidate = max_prompt, max_candidate
         self.cut = 0
         self._phrases = load_phrases(language).one
@@ -103,6 +114,8 @@ class Reader:
             tokens = np.asarray(prompt, np.int32)
             arrays = {k: np.zeros(len(tokens), v) for k, v in FIELDS.items()} | {"tokens": tokens}
             return truncate(arrays, self.max_prompt, 1)[0]
+        if self._space is not None:
+            prompt = shifted(prompt, self._space)
         text = self.text if framed else replace(self.text, after=())
         return truncate(encode_prompt(prompt, text), self.max_prompt, len(text.before))[0]
 

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from instructrec_jax.config import ModelConfig
+from instructrec_jax.data.mixture import Space
 from instructrec_jax.data.tokenizer import Text
 from instructrec_jax.errors import UserError, did_you_mean
 from instructrec_jax.instructions.example import InstructionExample
@@ -60,6 +61,7 @@ class Scorer:
         rows: packed rows per device in one batch; None = 1 on a CPU, 16 elsewhere.
         layout: "packed", "batched", or what the cost model says of each request.
         language: of the words that ``labels`` and ``yesno`` put behind a prompt.
+        space: of a catalogue of a mixture: where it lies in the model's. Items are numbered within it, and it alone is ranked.
         between: called between device batches; what it raises ends the scoring.
         memory: links between items that count beside the matching head (``items``).
 
@@ -84,17 +86,24 @@ class Scorer:
         rows: int | None = None,
         layout: Layout = "auto",
         language: str = "en",
+        space: Space | None = None,
         between: Callable[[], None] = lambda: None,
         memory: ItemMemory | None = None,
     ):
         self.memory = memory
         self._num_items, self._has_items = num_items, bool(sizes.items)
+        self._first = space.items[0] if space else None
         self._has_rerank = self._has_items and config.rerank_head
         self.reader = Reader(
-            text, titles, max_prompt=max_prompt, max_candidate=min(max_candidate, BLOCK), language=language
+            text,
+            titles,
+            max_prompt=max_prompt,
+            max_candidate=min(max_candidate, BLOCK),
+            language=language,
+            space=space,
         )
         self.runner = Runner(
-            config, arch, sizes, params, content, num_items,
+            config, arch, sizes, params, content, sizes.spaces[-1] if sizes.spaces else num_items,
             batch_size=batch_size, row_tokens=row_tokens, rows=rows, layout=layout, between=between,
         )  # fmt: skip
         self._prior: dict[tuple[int, ...], float] = {}
@@ -210,7 +219,10 @@ class Scorer:
     def _by_items(self, p: Prepared) -> list[np.ndarray]:
         out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(p.ready)
         for group, scores in self.runner.items(p.prompts):
-            scores = scores[: len(group), : self._num_items]
+            first = self._first or 0
+            scores = scores[: len(group), first : first + self._num_items]
+            if self._first is not None:
+                scores = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
             if self.memory is not None:
                 scores = self.memory.added(scores, [p.ready[i].prompt for i in group])
             for row, i in enumerate(group):
@@ -220,7 +232,7 @@ class Scorer:
 
     def _by_rerank(self, p: Prepared) -> list[np.ndarray]:
         every = np.arange(self._num_items)
-        lists = [every if r.items is None else r.items for r in p.ready]
+        lists = [(every if r.items is None else r.items) + (self._first or 0) for r in p.ready]
         out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(p.ready)
         for i, logits in self.runner.reranked(p.prompts, lists):
             out[i] = logits - np.logaddexp.reduce(logits)
