@@ -11,6 +11,7 @@ import yaml
 
 from instructrec_jax.errors import DataError, UserError
 from instructrec_jax.evaluation.table import EvaluationResult
+from instructrec_jax.files import in_bucket
 
 AGAIN = "run `instructrec evaluate RUN_DIR` again"
 PARTS = {
@@ -83,7 +84,7 @@ def read_run(run_dir: Path) -> Run:
     except yaml.YAMLError as error:
         raise DataError(f"not valid YAML: {error}", file=config, remedy="restore the file or train again") from error
     return Run(
-        folder=run_dir.resolve().name,
+        folder=(run_dir if in_bucket(run_dir) else run_dir.resolve()).name,
         config=content,
         train=[line for line in lines if "loss" in line],
         valid=[line for line in lines if any(k.startswith("valid_") for k in line)],
@@ -97,7 +98,7 @@ def _read_metrics(file: Path) -> tuple[list[dict[str, float]], int]:
     if not file.is_file():
         return [], 0
     lines, unreadable = [], 0
-    for raw in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    for raw in file.read_bytes().decode("utf-8", errors="replace").splitlines():
         try:
             line = json.loads(raw)
             step = line["step"]
