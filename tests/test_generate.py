@@ -144,7 +144,9 @@ def said(found: Generated) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("name", ["llama3", "qwen2_window", "gemma3", "gpt2", "t5", "mt5"])
+@pytest.mark.parametrize(
+    "name", ["llama3", "qwen2_window", "gemma3", "gpt2", "t5", pytest.param("mt5", marks=pytest.mark.slow)]
+)
 def test_equals_a_search_without_a_cache(name: str, beams: int) -> None:
     """Prompts of different lengths in one batch, each as if alone; some rows stop and others do not."""
     c = case(name)

@@ -30,7 +30,7 @@ def within(batch: dict[str, np.ndarray], first: int, last: int) -> dict[str, np.
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize("chunk", [4, 16])
+@pytest.mark.parametrize("chunk", [4, pytest.param(16, marks=pytest.mark.slow)])
 def test_a_target_is_predicted_among_the_items_of_its_own_catalogue(mesh: tuple[int, int, int], chunk: int) -> None:
     """Cross-entropy with smoothing, worked out with NumPy over each catalogue alone."""
     batch = random_batch(8, 16)
@@ -51,7 +51,7 @@ def test_a_target_is_predicted_among_the_items_of_its_own_catalogue(mesh: tuple[
     assert float(sums.loss) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [4, 16])
+@pytest.mark.parametrize("chunk", [4, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("first", "last"), [(0, 60), (60, NUM_ITEMS)])
 def test_gradients_of_one_catalogue_do_not_touch_the_others_items(first: int, last: int, chunk: int) -> None:
     batch = within(random_batch(8, 16), first, last)

@@ -151,6 +151,7 @@ def test_orthogonalised_is_that_of_optax() -> None:
         assert not np.asarray(optimisers.orthogonalised(jnp.zeros((2, 4, 5)))).any()
 
 
+@pytest.mark.slow
 def test_muon_sees_the_layers_matrices_with_their_heads_as_one_axis() -> None:
     with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
         before = {k: v for k, v in parameters()[1]["params"]["layers"].items() if not isinstance(v, dict)}  # no norms

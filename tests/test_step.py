@@ -102,7 +102,7 @@ def test_remat_changes_neither_loss_nor_gradients(remat: str, scan: bool) -> Non
     assert_same(*results, tolerance=1e-6)
 
 
-@pytest.mark.parametrize(("group", "sizes"), [(2, (1, 1, 1)), (3, (1, 2, 2))])
+@pytest.mark.parametrize(("group", "sizes"), [pytest.param(2, (1, 1, 1), marks=pytest.mark.slow), (3, (1, 2, 2))])
 def test_groups_of_layers_change_neither_parameters_nor_gradients(group: int, sizes: tuple[int, int, int]) -> None:
     results = []
     for model in (replace(MODEL, layers=6), replace(MODEL, layers=6, layer_group=group, remat="least")):
