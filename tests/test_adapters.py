@@ -126,6 +126,7 @@ def test_targets_choose(folder: str, targets: tuple[str, ...], expected: dict[st
             assert got == [(*shape[:n_in], 4), (4, *shape[n_in:]), shape[n_in:]]
 
 
+@pytest.mark.slow
 def test_layers_may_be_unrolled() -> None:
     """Scanned or not, an adapter stands beside each layer, and its magnitudes are those of its weights."""
     model = replace(options("dora"), scan_layers=False)
@@ -174,7 +175,14 @@ ITEMS = {"item_bias", "item_content", "item_id", "unknown_item", "feature_table"
 
 @pytest.mark.parametrize(
     "trainable",
-    [("adapter",), ("items",), ("embeddings",), ("adapter", "items"), ("adapter", "items", "embeddings"), ("all",)],
+    [
+        ("adapter",),
+        pytest.param(("items",), marks=pytest.mark.slow),
+        pytest.param(("embeddings",), marks=pytest.mark.slow),
+        ("adapter", "items"),
+        pytest.param(("adapter", "items", "embeddings"), marks=pytest.mark.slow),
+        ("all",),
+    ],
 )
 def test_what_learns(trainable: tuple[str, ...]) -> None:
     with jax.set_mesh(one_device()):

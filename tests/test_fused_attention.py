@@ -239,7 +239,10 @@ def test_loss_and_gradients_of_a_training_step(mesh: tuple[int, ...], remat: Any
 
 @pytest.mark.parametrize(
     ("mesh", "layout"),
-    [((1, 1, 1), "packed"), ((2, 2, 2), "batched"), pytest.param((2, 2, 2), "packed", marks=pytest.mark.slow)],
+    [
+        ((1, 1, 1), "packed"),
+        *(pytest.param((2, 2, 2), layout, marks=pytest.mark.slow) for layout in ("batched", "packed")),
+    ],
 )
 def test_scores_of_candidates(mesh: tuple[int, ...], layout: Any) -> None:
     """Packed rows of several requests, and blocks that continue a prompt."""

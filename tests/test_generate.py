@@ -163,7 +163,7 @@ def test_equals_a_search_without_a_cache(name: str, beams: int) -> None:
 
 
 @pytest.mark.parametrize("penalty", [0.0, 2.0, -0.5])
-@pytest.mark.parametrize("name", ["qwen2_window", "mt5"])
+@pytest.mark.parametrize("name", ["qwen2_window", pytest.param("mt5", marks=pytest.mark.slow)])
 def test_length_penalty(name: str, penalty: float) -> None:
     c = case(name)
     free = said(answers(c, Decoding(NEW, beams=3)))

@@ -166,6 +166,7 @@ def test_muon_sees_the_layers_matrices_with_their_heads_as_one_axis() -> None:
             assert values.min() > 0.6 and values.max() < 1.3, (name, values)
 
 
+@pytest.mark.slow
 def test_what_muon_takes() -> None:
     with jax.set_mesh(one_device()):
         for model in (MODEL, replace(MODEL, scan_layers=False), replace(MODEL, adapter=AdapterConfig(rank=4))):

@@ -113,7 +113,7 @@ def test_likelihood_is_exact(name: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama3", "t5_v11"])
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [(1, 1, 1), pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_the_whole_catalogue_is_exact(name: str, mesh: tuple[int, int, int]) -> None:
     if name == "t5_v11" and mesh != (1, 1, 1):
         mesh = (2, 4, 1) if mesh[2] == 1 else (2, 2, 1)  # its width does not divide by eight, nor its heads by two
