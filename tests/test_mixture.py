@@ -52,7 +52,7 @@ def test_a_target_is_predicted_among_the_items_of_its_own_catalogue(mesh: tuple[
 
 
 @pytest.mark.parametrize("chunk", [4, pytest.param(16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("first", "last"), [(0, 60), (60, NUM_ITEMS)])
+@pytest.mark.parametrize(("first", "last"), [(0, 60), pytest.param(60, NUM_ITEMS, marks=pytest.mark.slow)])
 def test_gradients_of_one_catalogue_do_not_touch_the_others_items(first: int, last: int, chunk: int) -> None:
     batch = within(random_batch(8, 16), first, last)
     with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
