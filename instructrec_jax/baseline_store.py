@@ -11,19 +11,15 @@ prepared/NAME-baselines/BASELINE/
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from instructrec_jax import retrieval
 from instructrec_jax.config import Config
 from instructrec_jax.data.store import MANIFEST
-from instructrec_jax.errors import DataError
-from instructrec_jax.files import read_json, sha256, write_atomic
+from instructrec_jax.files import read_arrays, read_json, sha256
 from instructrec_jax.prepare import Prepared
 from instructrec_jax.retrieval.base import Budget, Recommender, Stored
 from instructrec_jax.retrieval.content import text_part
@@ -84,7 +80,7 @@ class Saved:
         recommender = build(self.name, self.result["options"], config, prepared, epochs=self.result["epochs"])
         file = self.folder / ("model.npz" if include_valid else f"trial_{self.result['trial']}.npz")
         if isinstance(recommender, Stored) and file.is_file():
-            return recommender.restore(read_arrays(file, self.result["files"].get(file.name)))
+            return recommender.restore(read_arrays(file, AGAIN, expected=self.result["files"].get(file.name)))
         return recommender.fit(prepared.data, include_valid=include_valid)
 
 
@@ -96,22 +92,3 @@ def saved(config: Config, prepared: Prepared) -> dict[str, Saved]:
         if result.get("data_key") == key:
             out[file.parent.name] = Saved(file.parent.name, file.parent, result)
     return out
-
-
-def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Arrays by name as one file, complete or absent."""
-    stream = io.BytesIO()
-    np.savez_compressed(stream, **arrays)  # pyright: ignore[reportArgumentType]
-    write_atomic(file, stream.getvalue())
-
-
-def read_arrays(file: Path, expected: str | None) -> dict[str, np.ndarray]:
-    """What ``write_arrays`` wrote.
-
-    Raises:
-        DataError: the file's sum is not the ``expected`` one.
-    """
-    if expected is not None and (found := sha256(file)) != expected:
-        raise DataError(f"damaged or changed: sha256 {found}, result.json says {expected}", file=file, remedy=AGAIN)
-    with np.load(file) as arrays:
-        return dict(arrays)

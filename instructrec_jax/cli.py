@@ -40,6 +40,9 @@ def cli() -> None:
     instructrec train        configs/ml_latest_small.yaml --train.steps 400
     instructrec evaluate     RUN_DIR --protocol full
     instructrec baseline     sasrec ease_last configs/ml_latest_small.yaml
+    instructrec hard-modes   RUN_DIR                    cold users and items, the long tail, strong rivals
+    instructrec refit        RUN_DIR                    once more, on validation events too
+    instructrec results      RUN_DIR... --into FILE     several seeds as tables and a picture
     instructrec recommend    RUN_DIR --user 42 --wish "a slow, sad film" -k 10
     instructrec score        RUN_DIR requests.jsonl --out scores.jsonl
     instructrec report       RUN_DIR
@@ -217,7 +220,7 @@ def evaluate(
 def baseline(names: tuple[str, ...], as_json: bool) -> None:
     """Tune baselines on the validation split of CONFIG's prepared data, and measure them on the test split.
 
-    NAME: popularity, itemknn, ease, ease_last, ials, bpr, bm25, content, gmf, mlp, neumf, gru4rec, sasrec, or all. Each tries
+    NAME: popularity, itemknn, ease, ease_last, slit, ials, bpr, bm25, content, gmf, mlp, neumf, gru4rec, sasrec, or all. Each tries
     --baseline.trials settings. The same command goes on where a killed one stopped. `evaluate` has the results in its table.
     """
     first = next((place for place, word in enumerate(names) if word.startswith("--")), len(names))

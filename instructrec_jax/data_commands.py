@@ -160,6 +160,8 @@ def forget(config: str, user_id: str, overrides: tuple[str, ...]) -> None:
         f"removed: {gone.events:,} events, {gone.tags:,} tags, {gone.records:,} records of the user, {gone.worded_by:,} records of "
         f"others in the user's words, {gone.texts:,} taught texts, {gone.answers:,} cached answers"
     )
+    if gone.baselines:
+        click.echo(f"removed: the tuned baselines {', '.join(gone.baselines)}; run `instructrec baseline` again")
     click.echo(
         "unchanged: item features and tokeniser (sums over all users), and the source: remove the user there too"
     )

@@ -10,8 +10,8 @@ Four tables come out of one call:
 A published language model that is tuned without item tokens has the first table only: titles ranked by likelihood on frozen
 candidates, after and before tuning.
 
-Baselines learn from training and validation events when the test split is measured (they have no other use for the latter); the
-model learns from training events alone and sees the validation event in the history.
+Baselines learn from training and validation events when the test split is measured (they have no other use for the latter). Of the
+model only the item memory does, unless the run is a refit; the language model sees the validation event in the history.
 """
 
 from __future__ import annotations

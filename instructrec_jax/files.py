@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
 import time
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from instructrec_jax.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def in_bucket(path: str | Path) -> bool:
@@ -86,6 +92,38 @@ def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
             f"the file is damaged: it holds a {type(value).__name__}, not an object", file=path, remedy=remedy
         )
     return value
+
+
+def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """NumPy arrays by name as one compressed file, atomically."""
+    import numpy as np
+
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)  # pyright: ignore[reportArgumentType]
+    write_atomic(path, stream.getvalue())
+
+
+def read_arrays(path: str | Path, remedy: str, *, expected: str | None = None) -> dict[str, np.ndarray]:
+    """What ``write_arrays`` wrote.
+
+    Args:
+        path: the file.
+        remedy: what the message tells to do.
+        expected: the file's SHA-256, if it is on record.
+
+    Raises:
+        DataError: the sum is another one, or the file is no such file.
+    """
+    import numpy as np
+
+    path = path_of(path)
+    if expected is not None and (found := sha256(path)) != expected:
+        raise DataError(f"damaged or changed: sha256 {found}, on record is {expected}", file=path, remedy=remedy)
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"damaged: {error}", file=path, remedy=remedy) from error
 
 
 def sha256(path: str | Path) -> str:

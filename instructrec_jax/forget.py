@@ -3,7 +3,7 @@
 The user keeps an index without events and without a name, so that everybody else's indices, records (if in another order on disk) and
 frozen negatives stay what they are. What goes: their events, features, tags and instruction records; records of other people whose
 wish was worded by a tag that nobody else gave that item; texts that a teacher wrote from their events or from such tags, and its
-cached answers.
+cached answers; tuned baselines of these data.
 
 What stays: the item features and the tokeniser, which are sums over everybody, and the weights of runs. Those are listed.
 """
@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
+from instructrec_jax import baseline_store
 from instructrec_jax import config as configs
 from instructrec_jax.bucket import refuse
 from instructrec_jax.config import Config
@@ -59,6 +60,7 @@ class Forgotten:
     tags: int
     texts: int  # taught texts, accepted or refused
     answers: int  # cached answers of a teacher
+    baselines: tuple[str, ...]  # tuned ones, removed whole
     runs: tuple[Seen, ...]
 
 
@@ -99,6 +101,7 @@ def forget(config: Config, user_id: str) -> Forgotten:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
             own, worded_by = _rewrite(config, prepared, index)
             taught, answers = _forget_texts(folder_of(config), name, _by_title(data, index))
+            tuned = _forget_baselines(baseline_store.folder_of(config))
     except Timeout as error:
         raise UserError(f"another command works on {folder}", remedy="wait for it") from error
     return Forgotten(
@@ -108,8 +111,16 @@ def forget(config: Config, user_id: str) -> Forgotten:
         tags=sum(user == index for user, _, _ in data.tags),
         texts=taught,
         answers=answers,
+        baselines=tuned,
         runs=runs_that_saw(config),
     )
+
+
+def _forget_baselines(folder: Path) -> tuple[str, ...]:
+    """Remove the tuned baselines: they hold lists and vectors of users, and belong to data that are no more."""
+    names = tuple(sorted(file.parent.name for file in folder.glob("*/*.json")))
+    shutil.rmtree(folder, ignore_errors=True)
+    return tuple(dict.fromkeys(names))
 
 
 def without_user(data: SplitData, index: int) -> SplitData:

@@ -162,7 +162,7 @@ def test_ease_last_reads_only_the_newest_events():
 
 
 def test_ease_refuses_a_catalogue_that_is_too_large():
-    with pytest.raises(ConfigError, match=r"6 items need a dense 6 x 6 inverse, about .* GB; the limit is 5 items"):
+    with pytest.raises(ConfigError, match=r"6 items need dense 6 x 6 matrices, about .* GB; the limit is 5 items"):
         EASE(max_items=5).fit(toy())
     for options in ({"l2": 0}, {"l2": float("nan")}, {"last": 0}):
         with pytest.raises(ConfigError):

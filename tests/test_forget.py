@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from instructrec_jax import baseline_store, prepare
 from instructrec_jax import config as configs
-from instructrec_jax import prepare
 from instructrec_jax.config import Config
 from instructrec_jax.data.records import Records
 from instructrec_jax.errors import DataError, UserError
@@ -80,8 +80,13 @@ def test_a_user_is_gone_and_the_others_are_as_before(original, tmp_path):
         cache.put(name + " key", Reply("x", Usage()), cache.begin(Usage()), name)
     cache.put("an item", Reply("a Zebra Striped film", Usage()), cache.begin(Usage()))
     cache.close()
+    tuned = baseline_store.folder_of(config) / "ease"
+    tuned.mkdir(parents=True)
+    (tuned / "trials.json").write_text("{}")
+    (tuned / "lists.csv").write_text(f"{NAMES[3]},1\n")
 
     gone = forget(config, NAMES[3])
+    assert gone.baselines == ("ease",) and not tuned.parent.exists()
     after = prepare.load(config).data
     count = int(before.offsets[4] - before.offsets[3])
     assert gone.events == count and len(after.item) == len(before.item) - count

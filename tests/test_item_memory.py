@@ -95,7 +95,10 @@ def test_saved_and_read_again(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="4 items; the catalogue has 5"):
         ItemMemory.load(tmp_path / "m.npz", 5)
     (tmp_path / "m.npz").write_bytes((tmp_path / "m.npz").read_bytes()[:100])
-    with pytest.raises(DataError, match="not an item memory"):
+    with pytest.raises(DataError, match="damaged"):
+        ItemMemory.load(tmp_path / "m.npz", 4)
+    np.savez(tmp_path / "m.npz", prior=PRIOR)
+    with pytest.raises(DataError, match="not an item memory: no data, indices, indptr, past"):
         ItemMemory.load(tmp_path / "m.npz", 4)
 
 

@@ -73,7 +73,7 @@ def arm_config(base: Config, name: str, templates: tuple[str, ...], seed: int, s
 
 
 def measured(run_dir: Path) -> dict[str, float]:
-    """HR@1 and NDCG@5 among 1+9 candidates on the scenario that was left out, and NDCG@10 of next item on full ranking."""
+    """HR@1 and NDCG@5 among 1+9 candidates on the scenario that was left out."""
     with trained(run_dir) as (s, params, step):
         cases = s.prepared.data.cases(TEST)
         prompts, kept = [], []

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from jaxtyping import Float, Int
 
 from instructrec_jax.data.schema import TRAIN, VALID, SplitData
-from instructrec_jax.errors import UserError
+from instructrec_jax.errors import ConfigError, UserError
 
 
 class Recommender(Protocol):
@@ -96,3 +96,18 @@ def history_matrix(histories: Sequence[Int[np.ndarray, " n"]], items: int, last:
 def not_fitted(name: str) -> UserError:
     """The error of scoring before fitting."""
     return UserError(f"{name} is not fitted", remedy="call fit(data) first")
+
+
+def check_dense(name: str, items: int, most: int, bytes_a_cell: int) -> None:
+    """Refuse a closed form whose dense items x items matrices would not fit.
+
+    Raises:
+        ConfigError: the catalogue has more than ``most`` items.
+    """
+    if items > most:
+        now, limit = (bytes_a_cell * n**2 / 1e9 for n in (items, most))
+        raise ConfigError(
+            f"{name}: {items:,} items need dense {items:,} x {items:,} matrices, about {now:.1f} GB; the limit is {most:,} items "
+            f"({limit:.1f} GB)",
+            remedy=f"leave {name} out, raise max_items, or raise data.clean.k_core",
+        )

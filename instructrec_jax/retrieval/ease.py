@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from instructrec_jax.data.schema import SplitData
 from instructrec_jax.errors import ConfigError
-from instructrec_jax.retrieval.base import history_matrix, not_fitted, training_matrix
+from instructrec_jax.retrieval.base import check_dense, history_matrix, not_fitted, training_matrix
 
 
 class EASE:
@@ -54,12 +54,7 @@ class EASE:
             ConfigError: the catalogue has more than ``max_items`` items.
         """
         items = data.num_items
-        if items > self.max_items:
-            raise ConfigError(
-                f"ease: {items:,} items need a dense {items:,} x {items:,} inverse, about {_gigabytes(items):.1f} GB; "
-                f"the limit is {self.max_items:,} items ({_gigabytes(self.max_items):.1f} GB)",
-                remedy="leave ease out of the baselines, raise max_items, or raise data.clean.k_core",
-            )
+        check_dense("ease", items, self.max_items, 24)
         x = training_matrix(data, include_valid)
         by_item = x.T.tocsr()
         gram = np.empty((items, items), np.float64)
@@ -103,8 +98,3 @@ class EaseLast(EASE):
     def name(self) -> str:
         """``ease_last``."""
         return "ease_last"
-
-
-def _gigabytes(items: int) -> float:
-    """Peak memory of a fit: the matrix, the solver's copy and the inverse, in float64."""
-    return 24 * items**2 / 1e9

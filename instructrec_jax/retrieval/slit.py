@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from instructrec_jax.data.schema import SplitData
 from instructrec_jax.errors import ConfigError
-from instructrec_jax.retrieval.base import not_fitted, training_events
+from instructrec_jax.retrieval.base import check_dense, not_fitted, training_events
 
 _EVENTS = 1 << 18  # rows of X and Y that exist at one time
 
@@ -66,12 +66,7 @@ class SLIT:
     def system(self, data: SplitData, include_valid: bool) -> tuple[np.ndarray, np.ndarray]:
         """(X'X, X'Y), float32 ``[I, I]`` each: what does not depend on ``l2``."""
         items = data.num_items
-        if items > self.max_items:
-            raise ConfigError(
-                f"slit: {items:,} items need dense {items:,} x {items:,} matrices, about {16 * items**2 / 1e9:.1f} GB; the limit is "
-                f"{self.max_items:,} items",
-                remedy="leave slit out, raise max_items, or raise data.clean.k_core",
-            )
+        check_dense("slit", items, self.max_items, 16)
         use = training_events(data, include_valid)
         item, user = data.item[use], data.user[use]
         gram, cross = np.zeros((items, items), np.float32), np.zeros((items, items), np.float32)

@@ -13,9 +13,6 @@ Nothing of the language model depends on the memory.
 
 from __future__ import annotations
 
-import io
-import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +23,7 @@ import scipy.sparse as sp
 from jaxtyping import Float, Int
 
 from instructrec_jax.errors import DataError
-from instructrec_jax.files import write_atomic
+from instructrec_jax.files import read_arrays, write_arrays
 from instructrec_jax.instructions.example import InstructionExample
 from instructrec_jax.retrieval.slit import recent
 
@@ -69,19 +66,9 @@ class ItemMemory:
 
     def save(self, path: Path) -> None:
         """Write one file, atomically."""
-        out = io.BytesIO()
-        about = json.dumps({"past": self.past, "weights": self.weights, "prior_weight": self.prior_weight})
-        links = self.links
-        np.savez(
-            out,
-            data=links.data,
-            indices=links.indices,
-            indptr=links.indptr,
-            items=self.items,
-            prior=self.prior,
-            about=about,
-        )
-        write_atomic(path, out.getvalue())
+        links = {name: getattr(self.links, name) for name in ("data", "indices", "indptr")}
+        numbers = {"past": self.past, "weights": self.weights, "prior_weight": self.prior_weight}
+        write_arrays(path, {**links, "prior": self.prior, **{name: np.asarray(v) for name, v in numbers.items()}})
 
     @staticmethod
     def load(path: Path, items: int) -> ItemMemory:
@@ -91,18 +78,16 @@ class ItemMemory:
             DataError: the file is damaged, or of another catalogue.
         """
         remedy = "remove it and run the same `instructrec train` again"
-        try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-                parts = {name: file[name] for name in ("data", "indices", "indptr", "items", "prior", "about")}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"not an item memory: {error}", file=path, remedy=remedy) from error
-        if int(parts["items"]) != items:
+        found = read_arrays(path, remedy)
+        if missing := {"data", "indices", "indptr", "prior", "past", "weights", "prior_weight"} - found.keys():
+            raise DataError(f"not an item memory: no {', '.join(sorted(missing))}", file=path, remedy=remedy)
+        if len(found["prior"]) != items:
             raise DataError(
-                f"item memory of {int(parts['items']):,} items; the catalogue has {items:,}", file=path, remedy=remedy
+                f"item memory of {len(found['prior']):,} items; the catalogue has {items:,}", file=path, remedy=remedy
             )
-        about = json.loads(str(parts["about"]))
-        links = sp.csr_matrix((parts["data"], parts["indices"], parts["indptr"]), shape=(items, items))
-        return ItemMemory(links, about["past"], tuple(about["weights"]), parts["prior"], about["prior_weight"])
+        links = sp.csr_matrix((found["data"], found["indices"], found["indptr"]), shape=(items, items))
+        weights = tuple(found["weights"].tolist())
+        return ItemMemory(links, int(found["past"]), weights, found["prior"], float(found["prior_weight"]))
 
 
 def tells_nothing(prompt: Any) -> bool:

@@ -7,6 +7,7 @@ devices divides once, at the end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -134,7 +135,26 @@ def rerank_loss(
         taught = jnp.sum(jax.nn.softmax(listed, axis=-1) * log_prob, axis=-1) if teacher else 0.0
         return -(1 - teacher) * log_prob[..., 0] - teacher * taught, normaliser
 
-    hidden, target, task = in_front(out.hidden, batch["item_target"], batch["task"])
+    return in_chunks(nll, out.hidden, batch, chunk)
+
+
+def _own(logits: Float[Array, "B S I"], index: Int[Array, "B S"], spaces: tuple[int, ...]) -> Float[Array, "B S I"]:
+    """The logits of the catalogue that a position's item is in; the others have no probability."""
+    if not spaces:
+        return logits
+    first, last = spaces_of(index[..., None], spaces)
+    number = jnp.arange(logits.shape[-1])
+    return jnp.where((number >= first) & (number < last), logits, _NOBODY)
+
+
+def in_chunks(
+    nll: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    hidden: Float[Array, "B S D"],
+    batch: dict[str, jax.Array],
+    chunk: int,
+) -> Sums:
+    """Sums over the item targets of ``nll(hidden, target)``, (−log probability, log normaliser), ``chunk`` positions at a time."""
+    hidden, target, task = in_front(hidden, batch["item_target"], batch["task"])
     total = zero_sums()
     for first in range(0, target.shape[1], chunk):
         part = slice(first, first + chunk)
@@ -146,15 +166,6 @@ def rerank_loss(
         # The chunks behind all targets are skipped.
         total = jax.tree.map(jnp.add, total, jax.lax.cond(jnp.any(target[:, part] > 0), some, zero_sums))
     return total
-
-
-def _own(logits: Float[Array, "B S I"], index: Int[Array, "B S"], spaces: tuple[int, ...]) -> Float[Array, "B S I"]:
-    """The logits of the catalogue that a position's item is in; the others have no probability."""
-    if not spaces:
-        return logits
-    first, last = spaces_of(index[..., None], spaces)
-    number = jnp.arange(logits.shape[-1])
-    return jnp.where((number >= first) & (number < last), logits, _NOBODY)
 
 
 def in_front(hidden: jax.Array, target: jax.Array, task: jax.Array) -> list[jax.Array]:

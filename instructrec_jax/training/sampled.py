@@ -22,7 +22,7 @@ from instructrec_jax.config import TrainConfig
 from instructrec_jax.errors import ConfigError
 from instructrec_jax.models.heads import Output
 from instructrec_jax.models.sharding import lookup
-from instructrec_jax.training.loss import Sums, in_front, sums_of, zero_sums
+from instructrec_jax.training.loss import Sums, in_chunks, zero_sums
 
 
 class Proposal(NamedTuple):
@@ -99,15 +99,4 @@ def sampled_item_loss(
         normaliser = jax.nn.logsumexp(jnp.concatenate([own[..., None], logits], axis=-1), axis=-1)
         return normaliser - own, normaliser
 
-    hidden, target, task = in_front(out.hidden.astype(jnp.float32), batch["item_target"], batch["task"])
-    total, chunk = zero_sums(), config.logits_chunk
-    for first in range(0, target.shape[1], chunk):
-        part = slice(first, first + chunk)
-
-        def some(part: slice = part) -> Sums:
-            found, normaliser = nll(hidden[:, part], target[:, part])
-            return sums_of(found, normaliser, target[:, part], task[:, part])
-
-        # The chunks behind all targets are skipped.
-        total = jax.tree.map(jnp.add, total, jax.lax.cond(jnp.any(target[:, part] > 0), some, zero_sums))
-    return total
+    return in_chunks(nll, out.hidden.astype(jnp.float32), batch, config.logits_chunk)
