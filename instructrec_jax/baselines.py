@@ -18,17 +18,17 @@ from typing import Any
 
 from instructrec_jax import prepare, retrieval
 from instructrec_jax.baseline_store import AGAIN, Saved, build, data_key, folder_of, saved
+from instructrec_jax.cases import Ranked, Task, against_negatives, case_histories, rank
 from instructrec_jax.config import Config
 from instructrec_jax.data.schema import SPLIT_NAMES, TEST, VALID
 from instructrec_jax.errors import UserError
-from instructrec_jax.evaluate import Ranked, Task, against_negatives, file_name, rank, write_lists
+from instructrec_jax.evaluate import file_name, write_lists
 from instructrec_jax.evaluation.metrics import metrics_at
 from instructrec_jax.evaluation.table import EvaluationResult, Row
 from instructrec_jax.files import read_json, sha256, write_arrays, write_json
 from instructrec_jax.instructions.keyed import key
 from instructrec_jax.prepare import Prepared
 from instructrec_jax.retrieval.base import Recommender, Stored
-from instructrec_jax.run import case_histories
 
 Say = Callable[[str], None]
 FORMAT = 1

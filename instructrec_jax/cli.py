@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
-from instructrec_jax import __version__, data_commands, model_commands, template_commands
+from instructrec_jax import __version__, data_commands, evaluation_commands, model_commands, template_commands
 from instructrec_jax.errors import UserError, did_you_mean
-from instructrec_jax.terminal import OVERRIDES, escape, print_result, progress
-from instructrec_jax.terminal import OVERRIDES_HELP as _OVERRIDES_HELP
+from instructrec_jax.terminal import OVERRIDES, OVERRIDES_HELP, escape, progress, start
 
 
 class Commands(click.Group):
@@ -51,16 +48,6 @@ def cli() -> None:
     """
 
 
-def _start(what: str = "", **options: bool) -> Callable[[str], None]:
-    """Join the other processes, if there are any, before JAX is used. ``what`` one process must do alone. Returns a voice for all."""
-    from instructrec_jax.training import hosts
-
-    hosts.start(**options)
-    if what:
-        hosts.alone(what)
-    return hosts.voice(click.echo)
-
-
 @cli.group(cls=Commands)
 def data() -> None:
     """Prepare logs and a catalogue for training."""
@@ -70,7 +57,11 @@ for _command in data_commands.COMMANDS:
     data.add_command(_command)
 
 
-@cli.command("plan", context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
+for _command in evaluation_commands.COMMANDS:
+    cli.add_command(_command)
+
+
+@cli.command("plan", context_settings=OVERRIDES, epilog=OVERRIDES_HELP)
 @click.argument("config", type=click.Path())
 @click.option("--chips", default="", help="Like v5e-16. [default: mesh.chips of CONFIG, else this machine's devices]")
 @click.option("--items", type=click.IntRange(0), default=0, help="Of a catalogue that is not prepared yet.")
@@ -89,7 +80,7 @@ def plan_step(config: str, chips: str, items: int, users: int, overrides: tuple[
         sys.exit(1)
 
 
-@cli.command(context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
+@cli.command(context_settings=OVERRIDES, epilog=OVERRIDES_HELP)
 @click.argument("config", type=click.Path())
 @click.option(
     "--run", "run_dir", type=click.Path(), help="Run folder. [default: RUNS/NAME-HASH, the same for the same settings]"
@@ -105,7 +96,7 @@ def train(config: str, run_dir: str | None, overrides: tuple[str, ...]) -> None:
     from instructrec_jax.files import path_of
 
     settings = configs.load(config, overrides)
-    say = _start(preemption=True)
+    say = start(preemption=True)
     from instructrec_jax import run
 
     folder = path_of(run_dir) if run_dir else configs.run_dir(settings)
@@ -119,7 +110,7 @@ def train(config: str, run_dir: str | None, overrides: tuple[str, ...]) -> None:
     say(f"next: instructrec evaluate {folder}")
 
 
-@cli.command(context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
+@cli.command(context_settings=OVERRIDES, epilog=OVERRIDES_HELP)
 @click.argument("run_dir", type=click.Path())
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def refit(run_dir: str, overrides: tuple[str, ...]) -> None:
@@ -127,7 +118,7 @@ def refit(run_dir: str, overrides: tuple[str, ...]) -> None:
 
     The new run is NAME-refit-HASH beside the first. The same command resumes it.
     """
-    say = _start(preemption=True)
+    say = start(preemption=True)
     from instructrec_jax import config as configs
     from instructrec_jax import run
     from instructrec_jax.refit import prepared_for, refit_config
@@ -139,155 +130,6 @@ def refit(run_dir: str, overrides: tuple[str, ...]) -> None:
     if run.train_run(settings, folder, say).stopped:
         sys.exit(143)
     say(f"next: instructrec evaluate {folder}")
-
-
-@cli.command(context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
-@click.argument("run_dir", type=click.Path(), required=False)
-@click.option(
-    "--auto",
-    "auto_dir",
-    type=click.Path(),
-    help="Folder with interactions and items: prepare, train and evaluate in one go.",
-)
-@click.option(
-    "--protocol",
-    type=click.Choice(["full", "1+9", "1+99"]),
-    help="Full ranking, or frozen sampled candidates. [default: full]",
-)
-@click.option("--split", type=click.Choice(["test", "valid"]), default="test", show_default=True)
-@click.option(
-    "--recommendations",
-    type=click.Path(),
-    help="Evaluate a file (user_id, item_id, score) on RUN_DIR's data instead of its model.",
-)
-@click.option("--set", "set_name", default="", help="Of a mixture: the one set to measure. [default: all of them]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line; a mixture's by set.")
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def evaluate(
-    run_dir: str | None,
-    auto_dir: str | None,
-    protocol: str | None,
-    split: str,
-    recommendations: str | None,
-    set_name: str,
-    as_json: bool,
-    overrides: tuple[str, ...],
-) -> None:
-    """Measure a run beside the classic recommenders and the tuned baselines of its data, with 95 % intervals."""
-    from instructrec_jax.data.schema import SPLIT_NAMES
-    from instructrec_jax.evaluate import evaluate as evaluate_run
-    from instructrec_jax.evaluate import evaluate_sets, summary_json
-    from instructrec_jax.training import hosts
-
-    if auto_dir is not None and run_dir is not None and run_dir.startswith("--"):
-        run_dir, overrides = None, (run_dir, *overrides)  # the first override took RUN_DIR's place
-    if (run_dir is None) == (auto_dir is None):
-        raise UserError("give either a RUN_DIR or --auto DIR")
-    say = _start("prepare, train and evaluate in one go" if auto_dir is not None else "")
-    if auto_dir is not None:
-        from instructrec_jax.auto import auto_run
-
-        run_dir, overrides = str(auto_run(Path(auto_dir), overrides, click.echo)), ()
-    assert run_dir is not None
-    if recommendations:
-        from instructrec_jax.evaluate import evaluate_file
-
-        result = evaluate_file(run_dir, recommendations, split=SPLIT_NAMES.index(split), set_name=set_name)
-        print_result(result.to_json())
-        if as_json:
-            click.echo(json.dumps(result.means()))
-        return
-    extra = ("--evaluate.protocol", protocol) if protocol else ()
-    settings, number = (*overrides, *extra), SPLIT_NAMES.index(split)
-    if set_name:
-        payloads = [evaluate_run(run_dir, settings, split=number, set_name=set_name, say=say)]
-    else:
-        payloads = evaluate_sets(run_dir, settings, split=number, say=say)
-    if not hosts.first():
-        return
-    for payload in payloads:
-        for part in ("next_item", "search", "likelihood", "wordings"):
-            if payload[part]:
-                print_result(payload[part])
-    if as_json:
-        found = {payload["set"]: summary_json(payload) for payload in payloads}
-        click.echo(json.dumps(found.get(None, found)))
-
-
-@cli.command(context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
-@click.argument("names", nargs=-1, required=True, metavar="NAME [NAME ...] CONFIG", type=click.UNPROCESSED)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
-def baseline(names: tuple[str, ...], as_json: bool) -> None:
-    """Tune baselines on the validation split of CONFIG's prepared data, and measure them on the test split.
-
-    NAME: popularity, itemknn, ease, ease_last, slit, ials, bpr, bm25, content, gmf, mlp, neumf, gru4rec, sasrec, or all. Each tries
-    --baseline.trials settings. The same command goes on where a killed one stopped. `evaluate` has the results in its table.
-    """
-    first = next((place for place, word in enumerate(names) if word.startswith("--")), len(names))
-    *chosen, config = names[:first] or ("",)
-    if not chosen:
-        raise UserError("give one NAME or more, and a CONFIG", remedy="instructrec baseline ease sasrec CONFIG")
-    from instructrec_jax import config as configs
-
-    settings = configs.load(config, names[first:])
-    say = _start("tune baselines")
-    from instructrec_jax.baselines import baseline as measure
-
-    found = measure(chosen, settings, say)
-    print_result(found["next_item"])
-    if as_json:
-        from instructrec_jax.evaluation.table import EvaluationResult
-
-        table = EvaluationResult.from_json(found["next_item"])
-        about = {"protocol": table.protocol, "data": table.data, "options": found["options"]}
-        click.echo(json.dumps({**table.means(), **about}))
-
-
-@cli.command()
-@click.argument("run_dirs", type=click.Path(), nargs=-1, required=True)
-@click.option("--preset", type=click.Path(), default="", help="The runs' config file; its commands are shown.")
-@click.option("--protocol", default="full", show_default=True, help="Name of the file in evaluation/.")
-@click.option("--into", type=click.Path(), help="Markdown document whose block is replaced. [default: print]")
-@click.option("--block", default="", help="Name of the block. [default: the config's name]")
-@click.option("--picture", type=click.Path(), help="PNG to draw the next-item table into.")
-def results(
-    run_dirs: tuple[str, ...], preset: str, protocol: str, into: str | None, block: str, picture: str | None
-) -> None:
-    """The tables of one config's RUN_DIRS, a seed each: means over seeds, intervals, paired tests, training time."""
-    import os
-
-    from instructrec_jax.results import draw, markdown, put_block, read_runs
-
-    runs = read_runs(run_dirs, protocol)
-    shown = ""
-    if picture:
-        draw(runs, Path(picture))
-        shown = os.path.relpath(picture, Path(into).parent) if into else picture
-    text = markdown(runs, preset, shown)
-    if not into:
-        click.echo(text)
-        return
-    put_block(Path(into), block or runs[0].config.name, text)
-    click.echo(f"{into}: block {block or runs[0].config.name} of {len(runs)} run(s)")
-
-
-@cli.command("hard-modes", context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
-@click.argument("run_dir", type=click.Path())
-@click.option("--split", type=click.Choice(["test", "valid"]), default="test", show_default=True)
-@click.option("--set", "set_name", default="", help="Of a mixture: which set.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def hard_modes(run_dir: str, split: str, set_name: str, as_json: bool, overrides: tuple[str, ...]) -> None:
-    """Measure a run where recommending is hard: cold users and items, the long tail, strong rivals, other orders."""
-    from instructrec_jax.data.schema import SPLIT_NAMES
-    from instructrec_jax.hard_modes import hard_modes as measure
-
-    say = _start("measure the hard cases")
-    found = measure(run_dir, overrides, split=SPLIT_NAMES.index(split), set_name=set_name, say=say)
-    for table in found["tables"]:
-        print_result(table)
-    if as_json:
-        click.echo(json.dumps(found))
 
 
 @cli.command()
@@ -316,7 +158,7 @@ def recommend(
     as_json: bool,
 ) -> None:
     """Recommend for a user, known or new, with or without a wish."""
-    _start("recommend")
+    start("recommend")
     from instructrec_jax.recommend import recommend as recommend_for
 
     answer = recommend_for(
@@ -351,7 +193,7 @@ def recommend(
     console.print(table)
 
 
-@cli.command(context_settings={**OVERRIDES, "show_default": True}, epilog=_OVERRIDES_HELP)
+@cli.command(context_settings={**OVERRIDES, "show_default": True}, epilog=OVERRIDES_HELP)
 @click.argument("run_dir", type=click.Path())
 @click.argument("requests", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="File of scores: .jsonl or .parquet.")
@@ -383,7 +225,7 @@ def score(run_dir: str, requests: str, out: str, **options: Any) -> None:
 
     A line of the output is {"id", "candidates", "scores"}. Bad lines are reported, and written to OUT.errors.jsonl.
     """
-    _start("score a file")
+    start("score a file")
     from instructrec_jax.score import score as score_file
 
     done = score_file(
@@ -415,7 +257,7 @@ def score(run_dir: str, requests: str, out: str, **options: Any) -> None:
 @click.option("--system", help="A system message, for a model with a chat template.")
 def generate(where: str, prompt: str, seed: int, system: str | None, **how: Any) -> None:
     """Let a run or a published model answer PROMPT in words."""
-    _start("answer one prompt")
+    start("answer one prompt")
     from instructrec_jax.generate import generate as answer
     from instructrec_jax.models.generate import Decoding
 
@@ -431,7 +273,7 @@ def report(run_dir: str) -> None:
     click.echo(f"report: {write_report(run_dir)}")
 
 
-@cli.command("export", context_settings=OVERRIDES, epilog=_OVERRIDES_HELP)
+@cli.command("export", context_settings=OVERRIDES, epilog=OVERRIDES_HELP)
 @click.argument("run_dir", type=click.Path())
 @click.argument("out", type=click.Path())
 @click.option("--to", type=click.Choice(["hf"]), default="hf", show_default=True, help="Hugging Face's layout.")
@@ -446,7 +288,7 @@ def report(run_dir: str) -> None:
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def export_run(run_dir: str, out: str, to: str, **options: Any) -> None:
     """Write the best step of RUN_DIR to the folder OUT, for transformers, vLLM or PEFT."""
-    _start("export")
+    start("export")
     from instructrec_jax.export import export_hf
 
     folder = export_hf(run_dir, out, say=click.echo, **options)

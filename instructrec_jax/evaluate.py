@@ -19,16 +19,27 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from instructrec_jax import baseline_store, prepare, retrieval, wordings
 from instructrec_jax import config as configs
+from instructrec_jax.cases import (
+    Measured,
+    Ranked,
+    ScoreBlock,
+    Task,
+    against_negatives,
+    case_histories,
+    rank,
+    rank_first,
+    sample_cases,
+    with_target,
+)
 from instructrec_jax.data.privacy import user_keys
 from instructrec_jax.data.schema import SPLIT_NAMES, TEST, Cases, SplitData
 from instructrec_jax.errors import UserError
@@ -39,17 +50,7 @@ from instructrec_jax.files import path_of, write_json
 from instructrec_jax.instructions.prompts import NothingToSay
 from instructrec_jax.models.adapters import join
 from instructrec_jax.retrieval.ease import EASE
-from instructrec_jax.run import (
-    Measured,
-    Say,
-    Session,
-    case_histories,
-    frozen_negatives,
-    rank_first,
-    sample_cases,
-    trained,
-    with_target,
-)
+from instructrec_jax.run import Say, Session, trained
 from instructrec_jax.samples import sample_prompts, sample_users
 from instructrec_jax.scoring import Request, Scorer
 from instructrec_jax.training import hosts
@@ -57,54 +58,7 @@ from instructrec_jax.training import hosts
 MODEL = "model"
 BEFORE = "model before tuning"
 WITHOUT = "model without item memory"
-_BLOCK = 512  # cases scored at a time: scores [block, I] are the largest array here
 _SEARCH_CASES = 2000
-
-ScoreBlock = Callable[[int, int], Float[np.ndarray, "cases I"]]
-
-
-@dataclass(frozen=True)
-class Task:
-    """Cases to rank, what is left out of each ranking, and the candidates of a sampled protocol."""
-
-    cases: Cases
-    histories: list[Int[np.ndarray, " n"]]
-    candidates: Int[np.ndarray, "cases C"] | None = None
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """One system's ranks and lists on a task."""
-
-    ranks: metrics.TargetRank
-    lists: Int[np.ndarray, "cases k"]
-    scores: Float[np.ndarray, "cases k"]
-    seconds: float
-
-
-def rank(task: Task, score: ScoreBlock, k: int) -> Ranked:
-    """Rank every case with ``score(start, stop)`` over the whole catalogue, a block of cases at a time."""
-    ranks, lists, kept = [], [], []
-    begun = time.perf_counter()
-    for start in range(0, len(task.cases), _BLOCK):
-        stop = min(start + _BLOCK, len(task.cases))
-        scores = score(start, stop)
-        chosen = None if task.candidates is None else task.candidates[start:stop]
-        history = task.histories[start:stop]
-        ranks.append(
-            metrics.rank_of_target(scores, task.cases.target[start:stop], history, candidates=chosen, first_case=start)
-        )
-        top = metrics.top_lists(scores, k, history, first_case=start)
-        lists.append(top)
-        kept.append(np.take_along_axis(scores, np.maximum(top, 0), axis=1))
-    seconds = time.perf_counter() - begun
-    return Ranked(metrics.TargetRank.concatenate(ranks), np.concatenate(lists), np.concatenate(kept), seconds)
-
-
-def against_negatives(s: Measured, task: Task, n: int) -> tuple[str, Task]:
-    """The same cases against ``n`` frozen negatives each, and the protocol's name with sampler and seed."""
-    name, negatives = frozen_negatives(s, task.cases, task.histories, n)
-    return name, Task(task.cases, task.histories, negatives)
 
 
 def evaluate(

@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Float
 
+from instructrec_jax.cases import case_histories, sample_cases
 from instructrec_jax.config import Config, ItemMemoryConfig
 from instructrec_jax.data.schema import VALID, Cases
 from instructrec_jax.errors import ConfigError
@@ -105,8 +106,6 @@ class Chosen(NamedTuple):
 def _chosen(
     s: Session, params: Any, model: SLIT, system: tuple[np.ndarray, np.ndarray], ridges: tuple[float, ...]
 ) -> Chosen:
-    from instructrec_jax.run import sample_cases
-
     data = s.prepared.data
     cases = sample_cases(data.cases(VALID), s.config.train.eval_users, s.config.train.seed)
     if not len(cases):
@@ -143,8 +142,6 @@ def _chosen(
 
 
 def _ndcg(s: Session, scores: Float[np.ndarray, "cases I"], cases: Cases) -> float:
-    from instructrec_jax.run import case_histories
-
     ranks = rank_of_target(scores, cases.target, case_histories(s, cases))
     return float(metrics_at(ranks, (10,))["ndcg@10"].mean())
 

@@ -24,14 +24,15 @@ import numpy as np
 from jaxtyping import Int
 
 from instructrec_jax import baseline_store, retrieval
+from instructrec_jax.cases import Ranked, ScoreBlock, Task, case_histories, rank, rank_first, sample_cases
 from instructrec_jax.data.schema import SPLIT_NAMES, TEST, Cases
 from instructrec_jax.errors import UserError
-from instructrec_jax.evaluate import MODEL, Ranked, ScoreBlock, Task, fit_baselines, rank
+from instructrec_jax.evaluate import MODEL, fit_baselines
 from instructrec_jax.evaluation import metrics, slices
 from instructrec_jax.evaluation.table import EvaluationResult, Row
 from instructrec_jax.files import path_of, write_json
 from instructrec_jax.instructions.example import InstructionExample
-from instructrec_jax.run import Say, Session, case_histories, rank_first, sample_cases, trained
+from instructrec_jax.run import Say, Session, trained
 from instructrec_jax.scoring import Request, Scorer
 from instructrec_jax.training import hosts
 

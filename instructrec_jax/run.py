@@ -7,26 +7,25 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from instructrec_jax import config as configs
 from instructrec_jax import prepare
+from instructrec_jax.cases import case_histories, frozen_negatives, rank_cases, rank_first, sample_cases, with_target
 from instructrec_jax.config import Config
 from instructrec_jax.data.loader import training_iterator
 from instructrec_jax.data.mixture import Space
 from instructrec_jax.data.schema import VALID, Cases
 from instructrec_jax.errors import ConfigError, UserError
-from instructrec_jax.evaluation.hard_negatives import DEPTH, list_name, read_lists
-from instructrec_jax.evaluation.metrics import TargetRank, metrics_at, rank_of_target
+from instructrec_jax.evaluation.metrics import metrics_at
 from instructrec_jax.files import path_of
 from instructrec_jax.fit_memory import CHOSEN, check_memory, fit_memory, load_memory
 from instructrec_jax.instructions.build import Builder
 from instructrec_jax.instructions.example import InstructionExample
-from instructrec_jax.instructions.negatives import listed_negatives, negatives_name, sample_negatives
 from instructrec_jax.models import adapters, architecture
 from instructrec_jax.models.adapters import Tree
 from instructrec_jax.models.architecture import Architecture
@@ -42,15 +41,6 @@ from instructrec_jax.training.mesh import data_slice, make_mesh
 from instructrec_jax.training.step import init_model
 
 Say = Callable[[str], None]
-
-
-class Measured(Protocol):
-    """A config and its prepared data: what cases and their candidates depend on."""
-
-    @property
-    def config(self) -> Config: ...  # noqa: D102
-    @property
-    def prepared(self) -> prepare.Prepared: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -385,75 +375,3 @@ def trained(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Iterator[tu
         s = dataclasses.replace(bare, run_dir=run_dir)
         params, step = best_params(s, run_dir)
         yield s, params, step
-
-
-def sample_cases(cases: Cases, most: int, seed: int) -> Cases:
-    """At most ``most`` cases, a fixed random sample in the original order."""
-    if len(cases) <= most:
-        return cases
-    pick = np.sort(np.random.default_rng(seed).choice(len(cases), most, replace=False))
-    return Cases(cases.user[pick], cases.end[pick], cases.target[pick])
-
-
-def case_histories(s: Measured, cases: Cases) -> list[Int[np.ndarray, " n"]]:
-    """All events before each case's target: what a ranking leaves out."""
-    return [s.prepared.data.history(int(u), int(e)) for u, e in zip(cases.user, cases.end)]
-
-
-def frozen_negatives(
-    s: Measured, cases: Cases, histories: list[np.ndarray], n: int
-) -> tuple[str, Int[np.ndarray, "cases n"]]:
-    """The protocol's name with sampler and seed, and ``n`` frozen negatives of each case.
-
-    Hard ones are the first of a user's list that the case allows; the name says how many had to be uniform.
-    """
-    settings, data = s.config.evaluate, s.prepared.data
-    if settings.negatives == "file":
-        lists, _ = read_lists(settings.negatives_file, data, s.config.data.hash_ids, k=n + DEPTH)
-        negatives, taken = listed_negatives(
-            lists[cases.user],
-            data.num_items,
-            histories,
-            n,
-            seed=settings.negatives_seed,
-            user=cases.user,
-            target=cases.target,
-            best=True,
-        )
-        uniform = 1 - float(taken.mean()) / n
-        name = f"1+{n} hard {list_name(settings.negatives_file)}"
-        return f"{name}, {100 * uniform:.2g} % uniform seed {settings.negatives_seed}" if uniform else name, negatives
-    counts = data.train_popularity if settings.negatives == "popularity" else None
-    negatives = sample_negatives(
-        data.num_items,
-        histories,
-        n,
-        seed=settings.negatives_seed,
-        user=cases.user,
-        target=cases.target,
-        popularity=counts,
-    )
-    return negatives_name(n, popularity=counts is not None, seed=settings.negatives_seed), negatives
-
-
-def with_target(cases: Cases, negatives: Int[np.ndarray, "cases n"]) -> Int[np.ndarray, "cases C"]:
-    """The target in column 0, and the negatives beside it."""
-    return np.concatenate([cases.target[:, None], negatives], axis=1)
-
-
-def rank_first(scores: Float[np.ndarray, "cases C"]) -> TargetRank:
-    """Ranks of candidate 0 among the columns."""
-    own = scores[:, :1]
-    return TargetRank((scores > own).sum(1).astype(np.int64), (scores == own).sum(1).astype(np.int64) - 1)
-
-
-def rank_cases(
-    scorer: Scorer, prompts: list[InstructionExample], cases: Cases, histories: list[np.ndarray], block: int = 1024
-) -> TargetRank:
-    """Full-catalogue ranks of the targets, a block of cases at a time: scores ``[block, I]`` are never kept."""
-    parts = []
-    for start in range(0, len(cases), block):
-        stop = start + block
-        scores: Float[np.ndarray, "cases I"] = scorer.score_all(prompts[start:stop])
-        parts.append(rank_of_target(scores, cases.target[start:stop], histories[start:stop], first_case=start))
-    return TargetRank.concatenate(parts)

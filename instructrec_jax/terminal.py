@@ -196,3 +196,13 @@ def escape(text: str) -> str:
     from rich import markup
 
     return markup.escape(text)
+
+
+def start(what: str = "", **options: bool) -> Callable[[str], None]:
+    """Join the other processes, if there are any, before JAX is used. ``what`` one process must do alone. Returns a voice for all."""
+    from instructrec_jax.training import hosts
+
+    hosts.start(**options)
+    if what:
+        hosts.alone(what)
+    return hosts.voice(click.echo)

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from instructrec_jax.cases import case_histories, rank_cases, sample_cases
 from instructrec_jax.data.schema import SPLIT_NAMES, Cases
 from instructrec_jax.evaluation.table import EvaluationResult, Row
 from instructrec_jax.instructions.example import InstructionExample
 from instructrec_jax.instructions.prompts import KINDS, NothingToSay
-from instructrec_jax.run import Say, Session, case_histories, rank_cases, sample_cases
+from instructrec_jax.run import Say, Session
 from instructrec_jax.scoring import Scorer
 
 _TASKS = {"sequential": "next item", "search": "search"}  # families of templates whose answer is an item

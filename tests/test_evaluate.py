@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from instructrec_jax.cases import Task, rank
 from instructrec_jax.data.schema import TEST
-from instructrec_jax.evaluate import Task, rank, write_lists
+from instructrec_jax.evaluate import write_lists
 from instructrec_jax.evaluation.recommendations import evaluate_lists, read_recommendations
 from tests.test_recommendations import toy
 

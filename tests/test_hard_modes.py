@@ -10,8 +10,9 @@ import pytest
 
 from instructrec_jax import config as configs
 from instructrec_jax import prepare
+from instructrec_jax.cases import rank
 from instructrec_jax.data.schema import TEST
-from instructrec_jax.evaluate import fit_baselines, rank
+from instructrec_jax.evaluate import fit_baselines
 from instructrec_jax.hard_modes import HardModes, hard_modes
 from instructrec_jax.run import train_run, trained
 from tests.tiny import tiny_config, write_slice

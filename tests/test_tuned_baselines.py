@@ -13,15 +13,15 @@ from click.testing import CliRunner
 
 from instructrec_jax import baseline_store, baselines, prepare, retrieval
 from instructrec_jax import config as configs
+from instructrec_jax.cases import Task, case_histories, rank
 from instructrec_jax.cli import cli
 from instructrec_jax.config import Config
 from instructrec_jax.data.schema import TEST, VALID
 from instructrec_jax.errors import DataError, UserError
-from instructrec_jax.evaluate import Task, fit_baselines, rank
+from instructrec_jax.evaluate import fit_baselines
 from instructrec_jax.evaluation import metrics
 from instructrec_jax.evaluation.recommendations import evaluate_lists, read_recommendations
 from instructrec_jax.retrieval.ease import EASE
-from instructrec_jax.run import case_histories
 from instructrec_jax.training.mesh import make_mesh
 from tests.tiny import tiny_config, write_slice
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from instructrec_jax import config as configs
 from instructrec_jax import prepare
+from instructrec_jax.cases import case_histories, frozen_negatives, rank_first, with_target
 from instructrec_jax.config import Config
 from instructrec_jax.data.schema import TEST, Cases
 from instructrec_jax.evaluation.metrics import metrics_at
@@ -29,7 +30,7 @@ from instructrec_jax.files import write_json
 from instructrec_jax.instructions.prompts import NothingToSay
 from instructrec_jax.instructions.template import Template
 from instructrec_jax.instructions.templates import load_templates
-from instructrec_jax.run import case_histories, frozen_negatives, rank_first, train_run, trained, with_target
+from instructrec_jax.run import train_run, trained
 from instructrec_jax.scoring import Request
 
 KIND = "personal-search-vague"
