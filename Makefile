@@ -44,7 +44,7 @@ test: $(READY) ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 parity: $(PARITY)/.ready ## compare the models with PyTorch (Python 3.11 and a CPU build of torch, in .venv-parity)
-	$(PARITY)/bin/python -m pytest tests/parity $(ARGS)
+	XLA_FLAGS= $(PARITY)/bin/python -m pytest tests/parity $(ARGS)
 
 lint: $(READY) ## check style and formatting
 	$(BIN)/python -m ruff check

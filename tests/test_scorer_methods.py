@@ -259,13 +259,14 @@ def test_only_allowed_items_are_ranked() -> None:
     assert (items[1] >= 100).all()
 
 
-def test_a_thousand_mixed_requests_compile_little() -> None:
+@pytest.mark.parametrize("hundreds", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_thousand_mixed_requests_compile_little(hundreds: int) -> None:
     """Prompts of 16 to 600 tokens, up to 100 candidates of up to 30: the mix of ``tools/bench/score.py``."""
     mesh, made = scorer("llama3", row_tokens=512)
     r = np.random.default_rng(0)
     draw = lambda n: r.integers(3, WORDS, n).tolist()  # noqa: E731
     with jax.set_mesh(mesh):
-        for _ in range(10):
+        for _ in range(hundreds):
             requests = [
                 Request(draw(r.integers(16, 601)), [draw(n) for n in r.integers(1, 31, r.integers(0, 101))])
                 for _ in range(100)
