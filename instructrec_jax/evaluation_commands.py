@@ -116,12 +116,19 @@ def baseline(names: tuple[str, ...], as_json: bool) -> None:
 @click.command("results")
 @click.argument("run_dirs", type=click.Path(), nargs=-1, required=True)
 @click.option("--preset", type=click.Path(), default="", help="The runs' config file; its commands are shown.")
-@click.option("--protocol", default="full", show_default=True, help="Name of the file in evaluation/.")
+@click.option("--protocol", default="full", show_default=True, help="Name of the file in evaluation/, or hard-modes.")
+@click.option("--table", "tables", multiple=True, help="Protocol of a table to show; repeatable. [default: all]")
 @click.option("--into", type=click.Path(), help="Markdown document whose block is replaced. [default: print]")
 @click.option("--block", default="", help="Name of the block. [default: the config's name]")
 @click.option("--picture", type=click.Path(), help="PNG to draw the next-item table into.")
 def results(
-    run_dirs: tuple[str, ...], preset: str, protocol: str, into: str | None, block: str, picture: str | None
+    run_dirs: tuple[str, ...],
+    preset: str,
+    protocol: str,
+    tables: tuple[str, ...],
+    into: str | None,
+    block: str,
+    picture: str | None,
 ) -> None:
     """The tables of one config's RUN_DIRS, a seed each: means over seeds, intervals, paired tests, training time."""
     import os
@@ -133,7 +140,7 @@ def results(
     if picture:
         draw(runs, Path(picture))
         shown = os.path.relpath(picture, Path(into).parent) if into else picture
-    text = markdown(runs, preset, shown)
+    text = markdown(runs, preset, shown, tables)
     if not into:
         click.echo(text)
         return

@@ -22,10 +22,12 @@ from instructrec_jax.dotted import leaves
 from instructrec_jax.errors import UserError
 from instructrec_jax.evaluation.table import Estimate, EvaluationResult
 from instructrec_jax.files import path_of, read_json, write_atomic
+from instructrec_jax.hard_modes import FILE as HARD_MODES
 
 METRICS = ("ndcg@10", "hr@10", "mrr@10")
 SAMPLED_METRICS = ("hr@1", "hr@3", "hr@5", "ndcg@5")
 PARTS = ("next_item", "search", "likelihood", "wordings")
+HARD = "hard-modes"  # the protocol of ``instructrec hard-modes``, whose tables are in a file of their own
 # They differ between machines and seeds, or only measure.
 _PLACES = ("data.path", "prepared", "runs", "train.seed", "name")
 _OUTSIDE = ("evaluate", "baseline", "mesh", "profile", "teacher")
@@ -37,12 +39,18 @@ class SeedRun:
 
     folder: Path
     config: Config
-    payload: dict[str, Any]  # of ``evaluate``
+    payload: dict[str, Any]  # of ``evaluate`` or ``hard-modes``
     seconds: float  # of training, validation included
 
     def result(self, part: str) -> EvaluationResult | None:
         """One of the evaluation's tables."""
         return EvaluationResult.from_json(self.payload[part]) if self.payload.get(part) else None
+
+    def results(self) -> dict[str, EvaluationResult]:
+        """All tables by name."""
+        if "tables" in self.payload:
+            return {r.protocol: r for r in map(EvaluationResult.from_json, self.payload["tables"])}
+        return {part: result for part in PARTS if (result := self.result(part))}
 
 
 def read_runs(folders: Sequence[str | Path], protocol: str = "full") -> list[SeedRun]:
@@ -55,7 +63,10 @@ def read_runs(folders: Sequence[str | Path], protocol: str = "full") -> list[See
     for folder in map(path_of, folders):
         if not (folder / "config.yaml").is_file():
             raise UserError(f"{folder} is not a run: it has no config.yaml")
-        payload = _read(folder / "evaluation" / f"{protocol}.json", f"run `instructrec evaluate {folder}`")
+        if protocol == HARD:
+            payload = _read(folder / HARD_MODES, f"run `instructrec hard-modes {folder}`")
+        else:
+            payload = _read(folder / "evaluation" / f"{protocol}.json", f"run `instructrec evaluate {folder}`")
         end = _read(folder / "finished.json", f"train {folder} to its end")
         runs.append(SeedRun(folder, configs.load(folder / "config.yaml"), payload, sum(end["seconds"].values())))
     if not runs:
@@ -87,8 +98,12 @@ def differing(base: Config, config: Config) -> dict[str, Any]:
     return {k: v for k, v in kept.items() if before.get(k) != v}
 
 
-def markdown(runs: Sequence[SeedRun], preset: str = "", picture: str = "") -> str:
-    """Commands, training time, and each table with seeds, intervals and paired tests."""
+def markdown(runs: Sequence[SeedRun], preset: str = "", picture: str = "", only: Sequence[str] = ()) -> str:
+    """Commands, training time, and each table (or ``only`` those of some protocols) with seeds, intervals and paired tests.
+
+    Raises:
+        UserError: there is no table of such a protocol.
+    """
     lines = _commands(runs, preset)
     minutes = [run.seconds / 60 for run in runs]
     steps = ", ".join(str(run.payload["best_step"]) for run in runs)
@@ -97,10 +112,13 @@ def markdown(runs: Sequence[SeedRun], preset: str = "", picture: str = "") -> st
         f"{len(runs)} seed(s); best step {steps}; training took {', '.join(f'{m:.0f}' for m in minutes)} minutes, validation included.",
         "",
     ]
-    for part in PARTS:
-        results = [r for r in (run.result(part) for run in runs) if r]
-        if len(results) == len(runs):
-            lines += _table(results)
+    tables = [run.results() for run in runs]
+    known = [result.protocol for result in tables[0].values()]
+    if unknown := sorted(set(only) - set(known)):
+        raise UserError(f"no table is named {unknown[0]!r}", remedy=f"there are {', '.join(known)}")
+    for name, result in tables[0].items():
+        if all(name in each for each in tables) and (not only or result.protocol in only):
+            lines += _table([each[name] for each in tables])
     if picture:
         lines += [f"![{runs[0].config.name}: NDCG@10 of each system with its 95 % interval]({picture})", ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -116,7 +134,7 @@ def _commands(runs: Sequence[SeedRun], preset: str) -> list[str]:
     return [
         f"    instructrec data prepare {name}{options}",
         f"    for seed in {seeds}; do instructrec train {name}{options} --train.seed $seed; done",
-        "    instructrec evaluate RUN_DIR        # for each",
+        f"    instructrec {HARD if 'tables' in runs[0].payload else 'evaluate'} RUN_DIR        # for each",
     ]
 
 
@@ -162,7 +180,7 @@ def draw(runs: Sequence[SeedRun], file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    results = [r for r in (run.result("next_item") for run in runs) if r]
+    results = [next(iter(run.results().values())) for run in runs]
     metric = next(m for m in ("ndcg@10", "hr@1") if m in results[0].rows[0].metrics)
     rows = sorted(results[0].rows, key=lambda row: -mean(r.row(row.name).metrics[metric].mean or 0.0 for r in results))
     figure = Figure(figsize=(6.4, 0.9 + 0.32 * len(rows)), layout="constrained")

@@ -17,7 +17,7 @@ from instructrec_jax.config import Config
 from instructrec_jax.errors import UserError
 from instructrec_jax.evaluation.metrics import TargetRank
 from instructrec_jax.evaluation.table import EvaluationResult, Row
-from instructrec_jax.results import put_block, read_runs
+from instructrec_jax.results import markdown, put_block, read_runs
 
 
 def write_run(folder: Path, seed: int, **train: object) -> Path:
@@ -86,3 +86,24 @@ def test_a_new_block_comes_at_the_end(tmp_path: Path) -> None:
     assert (tmp_path / "new.md").read_text() == (
         "<!-- results: a -->\nthree\n<!-- end of results: a -->\n\n<!-- results: b -->\ntwo \\1\n<!-- end of results: b -->\n"
     )
+
+
+def test_the_tables_of_hard_modes(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / str(seed), seed) for seed in (0, 1)]
+    for run in runs:
+        table = json.loads((run / "evaluation/full.json").read_text())["next_item"]
+        tables = [table, {**table, "protocol": "among the items unseen in training"}]
+        (run / "hard_modes.json").write_text(json.dumps({"best_step": 1200, "tables": tables}))
+    words = ["results", *map(str, runs), "--protocol", "hard-modes"]
+    found = CliRunner().invoke(cli, words, catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    assert "instructrec hard-modes RUN_DIR" in found.output
+    value = read_runs(runs, "hard-modes")[0].results()["among the items unseen in training"].row("model").metrics
+    assert found.output.count(f"[{value['ndcg@10'].mean:.4f}, ") == 2
+    found = CliRunner().invoke(cli, [*words, "--table", "full"], catch_exceptions=False)
+    assert "films, full**" in found.output and "unseen" not in found.output
+    with pytest.raises(UserError, match=r"'half'.*\n.*full, among"):
+        markdown(read_runs(runs, "hard-modes"), only=["half"])
+    (runs[1] / "hard_modes.json").unlink()
+    with pytest.raises(UserError, match="hard-modes"):
+        read_runs(runs, "hard-modes")
