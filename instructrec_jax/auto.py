@@ -19,6 +19,7 @@ from instructrec_jax.config import (
     ItemMemoryConfig,
     ModelConfig,
     TrainConfig,
+    WishWordsConfig,
 )
 from instructrec_jax.data import sources
 from instructrec_jax.data.cleaning import codes, core_mask
@@ -86,6 +87,7 @@ def auto_config(folder: Path) -> Config:
             cooccurrence_features=64,
             # Its time grows with the cube of the catalogue: a minute or two for so many items.
             item_memory=ItemMemoryConfig(past=20 if items <= MEMORY_ITEMS else 0),
+            wish_words=WishWordsConfig(enabled=True),
         ),
         train=TrainConfig(
             steps=steps,

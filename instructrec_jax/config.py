@@ -33,6 +33,7 @@ from instructrec_jax.settings import (
     SplitConfig,
     TeacherConfig,
     TrainConfig,
+    WishWordsConfig,
 )
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "SplitConfig",
     "TeacherConfig",
     "TrainConfig",
+    "WishWordsConfig",
     "check_same_run",
     "dump",
     "from_dict",

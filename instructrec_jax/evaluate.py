@@ -113,7 +113,7 @@ def _evaluated(
     next_item, ranked = _next_item(s, params, scorer, task, fitted, protocol, split, say)
     search = likelihood = worded = None
     if s.sizes.items:
-        search = _search(s, scorer, cases, fitted, split, say)
+        search = _search(s, params, scorer, cases, fitted, split, say)
         likelihood = _likelihood(s, scorer, cases, split, say) if settings.likelihood_users else None
         worded = wordings.measure(s, scorer, cases, split, say) if settings.wording_cases else None
 
@@ -269,7 +269,9 @@ def _title_likelihood(s: Session, scorer: Scorer, task: Task) -> ScoreBlock:
     return block
 
 
-def _search(s: Session, scorer: Scorer, cases: Cases, fitted: dict, split: int, say: Say) -> EvaluationResult | None:
+def _search(
+    s: Session, params: Any, scorer: Scorer, cases: Cases, fitted: dict, split: int, say: Say
+) -> EvaluationResult | None:
     """The wish is the target's own labels (I2); BM25 reads the same words. None where the catalogue has no words for a wish."""
     sample = sample_cases(cases, _SEARCH_CASES, s.config.train.seed)
     alone, personal, keep = [], [], []
@@ -295,6 +297,9 @@ def _search(s: Session, scorer: Scorer, cases: Cases, fitted: dict, split: int, 
         "model, wish and history": lambda a, b: scorer.score_all(personal[a:b]),
         "model, history": lambda a, b: scorer.score_all(plain[a:b]),
     }
+    if scorer.words is not None:
+        bare = s.scorer(params, memory="all" if split == TEST else "train", words=False)
+        systems["model without word match, wish and history"] = lambda a, b: bare.score_all(personal[a:b])
     tested = set(systems)
     if "bm25" in fitted:
         bm25 = fitted["bm25"][0]

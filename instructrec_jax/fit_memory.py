@@ -122,7 +122,7 @@ def _chosen(
         own = []
         for l2, matrix in links.items():
             added = ItemMemory(matrix, model.past, (1.0, 1.0, 1.0), prior, 1.0).scores(prompts)
-            own += [{"what": what, "l2": l2, "weight": w, "ndcg@10": _ndcg(s, plain + w * added, some)} for w in steps]
+            own += [{"what": what, "l2": l2, "weight": w, "ndcg@10": ndcg(s, plain + w * added, some)} for w in steps]
         tried.extend(own)
         return max(own, key=lambda t: t["ndcg@10"])
 
@@ -132,32 +132,32 @@ def _chosen(
     usual = best("history", s.sequential_prompts(cases), cases, links, WEIGHTS)
     links = {usual["l2"]: links[usual["l2"]]}
     with_wish = 0.0
-    if asked := _with_wishes(s, cases):
-        index = np.asarray([i for i, _ in asked], np.int64)
-        some = Cases(cases.user[index], cases.end[index], cases.target[index])
-        with_wish = best("history and wish", [prompt for _, prompt in asked], some, links, WEIGHTS)["weight"]
+    asking, wishes = with_wishes(s, cases, "personal-search")
+    if wishes:
+        with_wish = best("history and wish", wishes, asking, links, WEIGHTS)["weight"]
     unknown = [s.builder.recommend_prompt((), language=s.language)] * len(cases)
     nothing = best("nothing", unknown, cases, links, PRIOR_WEIGHTS)
     return Chosen(usual["l2"], (usual["weight"], with_wish, with_wish), nothing["weight"], tried)
 
 
-def _ndcg(s: Session, scores: Float[np.ndarray, "cases I"], cases: Cases) -> float:
+def ndcg(s: Session, scores: Float[np.ndarray, "cases I"], cases: Cases) -> float:
+    """Mean NDCG@10 of scores over the whole catalogue."""
     ranks = rank_of_target(scores, cases.target, case_histories(s, cases))
     return float(metrics_at(ranks, (10,))["ndcg@10"].mean())
 
 
-def _with_wishes(s: Session, cases: Cases) -> list[tuple[int, Any]]:
-    """(number of a case, its search prompt) where the data has words for a wish; none for a model that has not learnt to search."""
-    out: list[tuple[int, Any]] = []
-    if not s.config.instructions.search:
-        return out
-    for number, (user, end) in enumerate(zip(cases.user[:_SEARCHES], cases.end[:_SEARCHES])):
-        try:
-            prompt = s.builder.evaluation_prompt("personal-search", int(user), int(end), language=s.language)
-        except NothingToSay:
-            continue
-        out.append((number, prompt))
-    return out
+def with_wishes(s: Session, cases: Cases, kind: str) -> tuple[Cases, list[Any]]:
+    """The cases whose data has words for a wish, and their prompts; none for a model that has not learnt to search."""
+    kept, prompts = [], []
+    if s.config.instructions.search:
+        for number, (user, end) in enumerate(zip(cases.user[:_SEARCHES], cases.end[:_SEARCHES])):
+            try:
+                prompts.append(s.builder.evaluation_prompt(kind, int(user), int(end), language=s.language))
+            except NothingToSay:
+                continue
+            kept.append(number)
+    index = np.asarray(kept, np.int64)
+    return Cases(cases.user[index], cases.end[index], cases.target[index]), prompts
 
 
 def load_memory(config: Config, run_dir: Path, which: str, items: int) -> ItemMemory | None:

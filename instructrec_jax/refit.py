@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from instructrec_jax import config as configs
-from instructrec_jax import prepare
-from instructrec_jax.config import Config, ItemMemoryConfig
+from instructrec_jax import fit_words, prepare
+from instructrec_jax.config import Config, ItemMemoryConfig, WishWordsConfig
 from instructrec_jax.errors import DataError, UserError
 from instructrec_jax.files import path_of, read_json
 from instructrec_jax.fit_memory import CHOSEN
@@ -52,7 +52,9 @@ def refit_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
         config,
         name=f"{config.name}-refit",
         data=dataclasses.replace(config.data, split=dataclasses.replace(config.data.split, learn_valid=True)),
-        model=dataclasses.replace(config.model, item_memory=_memory(config, run_dir)),
+        model=dataclasses.replace(
+            config.model, item_memory=_memory(config, run_dir), wish_words=_words(config, run_dir)
+        ),
         train=dataclasses.replace(config.train, steps=steps),
     )
 
@@ -66,6 +68,15 @@ def _memory(config: Config, run_dir: Path) -> ItemMemoryConfig:
     return dataclasses.replace(
         settings, l2=chosen["l2"], weights=tuple(chosen["weights"]), prior_weight=chosen["prior_weight"]
     )
+
+
+def _words(config: Config, run_dir: Path) -> WishWordsConfig:
+    """What the first run's validation chose for the words of a wish."""
+    settings = config.model.wish_words
+    if not settings.enabled:
+        return settings
+    chosen = read_json(run_dir / fit_words.CHOSEN, "run the same `instructrec train` again")
+    return dataclasses.replace(settings, weights=tuple(chosen["weights"]))
 
 
 def prepared_for(config: Config, say: prepare.Say, progress: prepare.Progress | None = None) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Int
 
 from instructrec_jax import config as configs
+from instructrec_jax import fit_memory as memories
+from instructrec_jax import fit_words as wishes
 from instructrec_jax import prepare
 from instructrec_jax.cases import case_histories, frozen_negatives, rank_cases, rank_first, sample_cases, with_target
 from instructrec_jax.config import Config
@@ -23,7 +25,6 @@ from instructrec_jax.data.schema import VALID, Cases
 from instructrec_jax.errors import ConfigError, UserError
 from instructrec_jax.evaluation.metrics import metrics_at
 from instructrec_jax.files import path_of
-from instructrec_jax.fit_memory import CHOSEN, check_memory, fit_memory, load_memory
 from instructrec_jax.instructions.build import Builder
 from instructrec_jax.instructions.example import InstructionExample
 from instructrec_jax.models import adapters, architecture
@@ -113,6 +114,7 @@ class Session:
         batch_size: int | None = None,
         between: Callable[[], None] = lambda: None,
         memory: Literal["all", "train", "none"] = "all",
+        words: bool = True,
     ) -> Scorer:
         """A scorer of this data set with given parameters.
 
@@ -121,10 +123,13 @@ class Session:
             batch_size: most prompts in one device batch; None = ``evaluate.batch_size``.
             between: called between device batches.
             memory: which of the run's item memories counts, if it has them: that of all known events, of training events, or none.
+            words: whether the words of a wish count, if they do in the run.
         """
-        data, links = self.prepared.data, None
+        data, links, match = self.prepared.data, None, None
         if self.run_dir is not None and memory != "none":
-            links = load_memory(self.config, self.run_dir, memory, data.num_items)
+            links = memories.load_memory(self.config, self.run_dir, memory, data.num_items)
+        if self.run_dir is not None and words:
+            match = wishes.load_words(self, self.run_dir)
         return Scorer(
             self.config.model,
             self.arch,
@@ -139,6 +144,7 @@ class Session:
             space=self.space,
             between=between,
             memory=links,
+            words=match,
         )
 
     def sequential_prompts(self, cases: Cases) -> list[InstructionExample]:
@@ -252,7 +258,8 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
         learning = [part for part in s.sets() if part.space is None or part.space.weight]
         if config.model.item_memory.past:
             for part in learning:
-                check_memory(config.model.item_memory, s.by_items, part.prepared.data.num_items)
+                memories.check_memory(config.model.item_memory, s.by_items, part.prepared.data.num_items)
+        wishes.check_words(config.model.wish_words, s.by_items)
         validations = [Validation(part) for part in learning if not part.config.data.split.learn_valid]
         trained_params, frozen = s.start()
 
@@ -295,13 +302,24 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
             )
         finally:
             batches.close()
-        if config.model.item_memory.past and not finished.stopped:
-            wanted = [(part, set_dir(run_dir, part.space)) for part in learning]
-            if wanted := [(part, folder) for part, folder in wanted if not (folder / CHOSEN).is_file()]:
-                params, _ = best_params(s, run_dir)
-                for part, folder in wanted:
-                    fit_memory(part, params, folder, hosts.voice(say))
+        if not finished.stopped:
+            _fit_beside(s, learning, run_dir, hosts.voice(say))
         return finished
+
+
+def _fit_beside(s: Session, learning: list[Session], run_dir: Path, say: Say) -> None:
+    """What counts beside the matching head of a finished run, unless it is there: item memory, and then the words of a wish."""
+    o, wanted = s.config.model, []
+    for part in learning:
+        folder = set_dir(run_dir, part.space)
+        if o.item_memory.past and not (folder / memories.CHOSEN).is_file():
+            wanted.append((memories.fit_memory, part, folder))
+        if o.wish_words.enabled and not (folder / wishes.CHOSEN).is_file():
+            wanted.append((wishes.fit_words, part, folder))
+    if wanted:
+        params, _ = best_params(s, run_dir)
+        for fit, part, folder in wanted:
+            fit(part, params, folder, say)
 
 
 class Validation:

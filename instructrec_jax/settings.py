@@ -134,6 +134,16 @@ class ItemMemoryConfig:
 
 
 @dataclass(frozen=True)
+class WishWordsConfig:
+    """Words of a wish looked up in the items' documents (BM25), beside the matching head."""
+
+    enabled: bool = False
+    weights: tuple[
+        float, ...
+    ] = ()  # of the match beside the logits, without and with a history; () = chosen on validation
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder of the Llama shape with item tokens, or a published model (``pretrained``).
 
@@ -173,6 +183,7 @@ class ModelConfig:
     item_dropout: float = 0.1  # chance that an input item token is replaced by the unknown-item token
     rerank_head: bool = False  # a second head for short lists of candidates: P_i = softmax(θᵀσ(f_i + g) + β_i)
     item_memory: ItemMemoryConfig = ItemMemoryConfig()
+    wish_words: WishWordsConfig = WishWordsConfig()
     item_id_embedding: bool = True  # learned part of the item vector beside the content projection
     # Chance per step that an item goes without its learned part and its co-occurrence: what is written about it learns to carry it
     item_id_dropout: float = 0.0

@@ -132,14 +132,22 @@ def test_exit_status_and_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(aot_train, "devices_of", lambda topology: [None] * topology.chips)
     monkeypatch.setattr(aot_check, "need_compiler", lambda: None)
     monkeypatch.setattr(aot_check, "version", lambda _: "1")
-    assert aot_check.main([FULL, "--json"]) == 0
+    whole = [FULL, "--train.accumulate", "1"]
+    assert aot_check.main([*whole, "--json"]) == 0
     out = capsys.readouterr().out
     found = json.loads(out.splitlines()[-1])
     assert found["ratios"] == {"temp_gb_at_4": 2.1, "temp_gb_at_16": 6.9, "largest_batch": 40}
     assert "| v5e-16 | 16 | 0.500 | 6.900 | 7.400 |" in out and "40 sequences a chip" in out
-    assert aot_check.main([FULL, "--train.batch_size", "1024", "--no-search", "--json"]) == 1
+    assert aot_check.main([*whole, "--train.batch_size", "1024", "--no-search", "--json"]) == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert not found["fits"] and found["ratios"]["temp_gb_at_64"] is None and "largest_batch" not in found["ratios"]
+
+    # Sequences of a step: a quarter of them at a time.
+    assert aot_check.main([FULL, "--train.accumulate", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["ratios"] == {"temp_gb_at_4": 0.9, "temp_gb_at_16": 2.1, "largest_batch": 160}
+    assert aot_check.main([FULL, "--train.accumulate", "4", "--sequences", "6"]) == 2
+    assert "6 sequences a chip do not divide into train.accumulate = 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("flags", "given"), [("", True), ("--xla_disable_hlo_passes=dce", False)])

@@ -16,6 +16,7 @@ from instructrec_jax.fit_memory import check_memory
 from instructrec_jax.instructions.example import Feature, InstructionExample
 from instructrec_jax.retrieval.slit import SLIT, recent
 from instructrec_jax.scoring.item_memory import ItemMemory, log_shares, strongest
+from instructrec_jax.scoring.scorer import added
 from tests.test_baselines import toy
 
 PRIOR = np.array([-1.0, -2.0, -3.0, -4.0], np.float32)
@@ -60,10 +61,10 @@ def test_links_count_for_prompts_with_a_history_and_no_candidates() -> None:
     rows = MEMORY.links.toarray()
     one = rows[1] + rows[0] / 2
     np.testing.assert_allclose(MEMORY.scores(prompts), [2 * one, 0.25 * one, 0 * one, 0 * one, 0 * one])
-    added = MEMORY.added(np.log(np.full((5, 4), 0.25)), prompts)
-    np.testing.assert_allclose(np.exp(added).sum(axis=1), 1)
-    np.testing.assert_allclose(added[0] - added[0, 0], 2 * (one - one[0]), atol=1e-6)
-    np.testing.assert_allclose(added[2], np.log(0.25))
+    found = added(np.log(np.full((5, 4), 0.25)), [MEMORY.scores(prompts)])
+    np.testing.assert_allclose(np.exp(found).sum(axis=1), 1)
+    np.testing.assert_allclose(found[0] - found[0, 0], 2 * (one - one[0]), atol=1e-6)
+    np.testing.assert_allclose(found[2], np.log(0.25))
 
 
 def test_popularity_counts_where_a_prompt_tells_nothing() -> None:

@@ -17,6 +17,7 @@ from instructrec_jax.errors import UserError
 from instructrec_jax.fit_memory import load_memory
 from instructrec_jax.refit import prepared_for, refit_config
 from instructrec_jax.run import train_run, trained
+from instructrec_jax.scoring.scorer import added
 from tests.tiny import tiny_config, write_slice
 
 
@@ -62,7 +63,9 @@ def test_a_refit_takes_the_best_step_and_learns_from_the_validation_events(first
         prompts = s.sequential_prompts(cases)
         memory = load_memory(config, folder, "all", s.prepared.data.num_items)
         bare = s.scorer(params, memory="none").score_all(prompts)
-        np.testing.assert_allclose(s.scorer(params).score_all(prompts), memory.added(bare, prompts), atol=1e-5)
+        np.testing.assert_allclose(
+            s.scorer(params).score_all(prompts), added(bare, [memory.scores(prompts)]), atol=1e-5
+        )
     with pytest.raises(UserError, match="learnt from the validation events already"):
         refit_config(folder)
 

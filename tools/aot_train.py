@@ -17,6 +17,7 @@ import numpy as np
 from aot_scorer import exhausted
 
 from instructrec_jax.config import Config
+from instructrec_jax.errors import UserError
 from instructrec_jax.training import xla_flags
 from instructrec_jax.training.chips import Topology
 from instructrec_jax.training.mesh import check_plan, make_mesh, mesh_sizes
@@ -28,7 +29,7 @@ from instructrec_jax.training.step import make_train_step
 class Compiled:
     """One executable: bytes on each chip, and what moves between chips in a step."""
 
-    rows: int  # sequences on each chip
+    rows: int  # sequences on each chip, in a micro-batch
     arguments: int = 0  # state, frozen weights, batch
     temporaries: int = 0
     output: int = 0  # beside what is updated in place
@@ -49,7 +50,7 @@ def compile_step(
         config: the run's; its batch size is replaced.
         topology: of the devices.
         devices: as ``devices_of`` gives them.
-        rows: sequences on each chip.
+        rows: sequences on each chip, in a micro-batch.
         items, users: of the data, where the model has item tokens.
 
     Raises:
@@ -97,7 +98,7 @@ class Checked:
 
     topology: Topology
     batch: int  # sequences on each chip, of the config itself
-    compiled: dict[int, Compiled]  # by sequences on each chip
+    compiled: dict[int, Compiled]  # by sequences on each chip in a step, all micro-batches together
     largest: int | None  # sequences on each chip; None = it was not looked for
 
     @property
@@ -127,21 +128,28 @@ def check(
     """Compile a config's step at its own batch and at other numbers of sequences on each chip, and look for the largest.
 
     Raises:
-        UserError: the plan does not divide.
+        UserError: the plan does not divide, or a number of sequences into micro-batches.
     """
     devices = devices_of(topology)
     compiled: dict[int, Compiled] = {}
 
-    def fits(rows: int) -> bool:
-        if rows not in compiled:
-            compiled[rows] = c = compile_step(config, topology, devices, rows, items, users)
-            say(f"{topology.name}, {rows} sequences a chip: {c.error or f'{c.peak / 1e9:.2f} GB'} ({c.seconds:.0f} s)")
-        return not compiled[rows].error
+    micro = config.train.accumulate
 
+    def fits(count: int) -> bool:
+        if count not in compiled:
+            compiled[count] = c = compile_step(config, topology, devices, count // micro, items, users)
+            say(f"{topology.name}, {count} sequences a chip: {c.error or f'{c.peak / 1e9:.2f} GB'} ({c.seconds:.0f} s)")
+        return not compiled[count].error
+
+    if odd := [count for count in sequences if count % micro]:
+        raise UserError(
+            f"{odd[0]} sequences a chip do not divide into train.accumulate = {micro} micro-batches",
+            remedy=f"ask for multiples of {micro}",
+        )
     sizes = mesh_sizes(config.mesh, len(devices))
-    shards = sizes["replica"] * sizes["fsdp"] * config.train.accumulate
+    shards = sizes["replica"] * sizes["fsdp"]
     own = config.train.batch_size // shards
-    if own * shards != config.train.batch_size:
+    if own * shards != config.train.batch_size or own % micro:
         arch, tables = architecture_of(config, items, users)
         check_plan(config, arch, tables, len(devices))  # says what does not divide
     for rows in sorted({own, *sequences}):
@@ -150,7 +158,8 @@ def check(
     if search:
         good = {rows: c.peak for rows, c in compiled.items() if not c.error}
         bad = min((rows for rows, c in compiled.items() if c.error), default=4097)
-        most = largest(fits, good, topology.chip.memory, bad - 1)
+        by_micro = {count // micro: peak for count, peak in good.items()}
+        most = micro * largest(lambda n: fits(n * micro), by_micro, topology.chip.memory, (bad - 1) // micro)
     asked = {rows: c for rows, c in compiled.items() if rows in {own, *sequences}}
     return Checked(topology, own, asked, most)
 

@@ -59,11 +59,6 @@ class ItemMemory:
         unknown = np.asarray([self.prior_weight if tells_nothing(p) else 0.0 for p in prompts], np.float32)
         return (of_history @ self.links).toarray().astype(np.float32) + unknown[:, None] * self.prior
 
-    def added(self, log_prob: Float[np.ndarray, "B I"], prompts: Sequence[Any]) -> Float[np.ndarray, "B I"]:
-        """Log probabilities of the matching head with the memory's scores among the logits."""
-        logits = log_prob + self.scores(prompts)
-        return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-
     def save(self, path: Path) -> None:
         """Write one file, atomically."""
         links = {name: getattr(self.links, name) for name in ("data", "indices", "indptr")}

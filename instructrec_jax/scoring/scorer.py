@@ -38,6 +38,7 @@ from instructrec_jax.scoring.requests import Candidates, Reader, Ready, Request
 from instructrec_jax.scoring.rows import Job
 from instructrec_jax.scoring.runner import BLOCK, Layout, Runner
 from instructrec_jax.scoring.trie import CatalogueTrie
+from instructrec_jax.scoring.wish_words import WishWords
 
 METHODS = ("items", "rerank", "likelihood", "trie", "labels", "yesno")
 
@@ -64,6 +65,7 @@ class Scorer:
         space: of a catalogue of a mixture: where it lies in the model's. Items are numbered within it, and it alone is ranked.
         between: called between device batches; what it raises ends the scoring.
         memory: links between items that count beside the matching head (``items``).
+        words: the match of a wish's words, which counts there too.
 
     With several processes all make the same calls, with the same requests, and all get the scores.
     """
@@ -89,8 +91,9 @@ class Scorer:
         space: Space | None = None,
         between: Callable[[], None] = lambda: None,
         memory: ItemMemory | None = None,
+        words: WishWords | None = None,
     ):
-        self.memory = memory
+        self.memory, self.words = memory, words
         self._num_items, self._has_items = num_items, bool(sizes.items)
         self._first = space.items[0] if space else None
         self._has_rerank = self._has_items and config.rerank_head
@@ -223,8 +226,8 @@ class Scorer:
             scores = scores[: len(group), first : first + self._num_items]
             if self._first is not None:
                 scores = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
-            if self.memory is not None:
-                scores = self.memory.added(scores, [p.ready[i].prompt for i in group])
+            if beside := [b for b in (self.memory, self.words) if b is not None]:
+                scores = added(scores, [b.scores([p.ready[i].prompt for i in group]) for b in beside])
             for row, i in enumerate(group):
                 items = p.ready[i].items
                 out[i] = scores[row] if items is None else scores[row, items]
@@ -276,6 +279,12 @@ class Scorer:
             found = self.runner.leaves([Job(0, self.reader.empty_prompt(), forest)], raw=False)[0]
             self._prior.update(zip(new, _of_candidates(forest, found).tolist()))
         return (scores - np.asarray([self._prior[tuple(s)] for s in sequences])).astype(np.float32)
+
+
+def added(log_prob: Float[np.ndarray, "B I"], scores: Sequence[Float[np.ndarray, "B I"]]) -> Float[np.ndarray, "B I"]:
+    """Log probabilities of the matching head with further scores among its logits."""
+    logits = sum(scores, start=log_prob)
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
 
 
 def _of_candidates(forest: Forest, leaves: np.ndarray) -> np.ndarray:
