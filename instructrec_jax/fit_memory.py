@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FILES = {"all": "item_memory.npz", "train": "item_memory_train.npz"}  # links of all known events, of training events
 CHOSEN = "item_memory.json"
 RIDGES = (30.0, 100.0, 300.0, 1000.0)
-WEIGHTS = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+WEIGHTS = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 PRIOR_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)
 _MANY_ITEMS = 6_000  # beyond, one ridge is solved for: the time grows with the cube of the catalogue
 _SEARCHES = 1_000  # validation cases with a wish

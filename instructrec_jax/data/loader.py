@@ -40,7 +40,7 @@ Batch = dict[str, np.ndarray]
 BATCH_KEYS = (*FIELDS, "segment_ids", "positions")
 
 
-_READ = 64  # examples that are read at one time
+READ = 512  # examples that are read at one time: each reading starts threads of its own
 AHEAD = 8  # batches that are ready before they are asked for
 
 
@@ -314,7 +314,7 @@ def training_iterator(
         def example(place: int) -> np.ndarray:
             if place not in block:
                 block.clear()
-                places = range(place, place + _READ)
+                places = range(place, place + READ)
                 numbers = [cast(int, order[remaining[process_index + process_count * p]]) for p in places]
                 block.update(zip(places, source.__getitems__(numbers), strict=True))
             return block[place]

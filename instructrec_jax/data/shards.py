@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import operator
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -32,30 +33,42 @@ _BUFFER = 1 << 16  # bytes gathered for each bucket before they are written
 
 def serialise(example: InstructionExample) -> bytes:
     """The example as TFDS would write it."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    record = tf_example_pb2.Example()
-    record.CopyFrom(_of_template(*[getattr(example, name) for name in _SAME]))
+    record = _message()()
+    record.CopyFrom(_of_template(*_shared(example)))
     feature = record.features.feature
     feature["prompt"].bytes_list.value.append(example.prompt.encode())
     feature["answer"].bytes_list.value.append(example.answer.encode())
-    for name in NUMBERS:
-        feature[name].int64_list.value.append(int(getattr(example, name)))
-    for name in ITEMS:
-        if values := getattr(example, name):
-            feature[name].int64_list.value.extend(values)
+    feature["user"].int64_list.value.append(int(example.user))
+    feature["target"].int64_list.value.append(int(example.target))
+    feature["dense"].int64_list.value.append(int(example.dense))
+    feature["dense_from"].int64_list.value.append(int(example.dense_from))
+    if example.prompt_items:
+        feature["prompt_items"].int64_list.value.extend(example.prompt_items)
+    if example.answer_items:
+        feature["answer_items"].int64_list.value.extend(example.answer_items)
+    if example.candidates:
+        feature["candidates"].int64_list.value.extend(example.candidates)
     if example.features:
         feature["feature_index"].int64_list.value.extend([f.index for f in example.features])
         feature["feature_value"].float_list.value.extend([f.value for f in example.features])
     return record.SerializeToString(deterministic=True)
 
 
+@functools.cache
+def _message() -> Any:
+    """The class of a record. Looking it up costs as much as filling a field."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return tf_example_pb2.Example
+
+
+_shared = operator.attrgetter(*_SAME)
+
+
 @functools.lru_cache(maxsize=4096)
 def _of_template(*words: str) -> Any:
     """What the examples of a template have in common, with the lists empty, but of their kind."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    record = tf_example_pb2.Example()
+    record = _message()()
     feature = record.features.feature
     for name, value in zip(_SAME, words, strict=True):
         feature[name].bytes_list.value.append(value.encode())
@@ -67,21 +80,25 @@ def _of_template(*words: str) -> Any:
 
 def parse(record: bytes) -> InstructionExample:
     """The inverse of ``serialise``."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    feature = tf_example_pb2.Example.FromString(record).features.feature
-    number: dict[str, int] = {name: feature[name].int64_list.value[0] for name in NUMBERS}
-    words: dict[str, Any] = {name: feature[name].bytes_list.value[0].decode() for name in WORDS}
-    items: dict[str, Any] = {name: tuple(feature[name].int64_list.value) for name in ITEMS}
-    index, value = feature["feature_index"].int64_list.value, feature["feature_value"].float_list.value
+    feature = _message().FromString(record).features.feature
+    index = feature["feature_index"].int64_list.value
     return InstructionExample(
-        **words,
-        **items,
-        features=tuple(map(Feature, index, value)),
-        user=number["user"],
-        target=number["target"],
-        dense=bool(number["dense"]),
-        dense_from=number["dense_from"],
+        template=feature["template"].bytes_list.value[0].decode(),
+        language=feature["language"].bytes_list.value[0].decode(),
+        preference=feature["preference"].bytes_list.value[0].decode(),
+        intention=feature["intention"].bytes_list.value[0].decode(),
+        task=feature["task"].bytes_list.value[0].decode(),
+        metric=feature["metric"].bytes_list.value[0].decode(),
+        user=feature["user"].int64_list.value[0],
+        prompt=feature["prompt"].bytes_list.value[0].decode(),
+        prompt_items=tuple(feature["prompt_items"].int64_list.value),
+        answer=feature["answer"].bytes_list.value[0].decode(),
+        answer_items=tuple(feature["answer_items"].int64_list.value),
+        features=tuple(map(Feature, index, feature["feature_value"].float_list.value)) if index else (),
+        target=feature["target"].int64_list.value[0],
+        candidates=tuple(feature["candidates"].int64_list.value),
+        dense=bool(feature["dense"].int64_list.value[0]),
+        dense_from=feature["dense_from"].int64_list.value[0],
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,7 +57,17 @@ _PIECES = re.compile(
 )
 
 
-def encode_part(
+class _Part(NamedTuple):
+    """A text with slots: how many tokens it has, and what stands where. Soft tokens come in runs (place, how many)."""
+
+    length: int
+    words: list[tuple[int, np.ndarray]]  # place, ids
+    items: list[tuple[int, int]]
+    features: list[tuple[int, int]]
+    said: list[tuple[int, int]]  # from, to: titles that are learnt
+
+
+def _part(
     text: Text,
     words: str,
     items: Sequence[int],
@@ -64,54 +75,86 @@ def encode_part(
     where: str,
     before: Sequence[int] = (),
     after: Sequence[int] = (),
-) -> dict[str, np.ndarray]:
-    """Token arrays of a text with slots (no targets yet), and ``said``: 1 at the tokens of titles that are learnt.
+    start: int = 0,
+) -> _Part:
+    """A text whose first token has the place ``start``; the ids ``before`` and ``after`` stand around it.
 
-    The ids ``before`` and ``after`` stand around it.
+    Raises:
+        DataError: other numbers of items or features than slots for them.
     """
-    tokens: list[int] = [*before]
-    item_at: list[int] = []
-    feature_at: list[int] = []
-    said: list[tuple[int, int]] = []
+    part = _Part(0, [], [], [], [])
+    place = start
+    if before:
+        part.words.append((place, np.asarray(before, np.int32)))
+        place += len(before)
     opened = 0
     for piece in _PIECES.findall(words):
-        kind, start = piece[0], len(tokens)
+        kind = piece[0]
         if kind == ITEM_SLOT:
-            tokens.extend([text.item] * len(piece))
-            item_at.extend(range(start, len(tokens)))
+            part.items.append((place, len(piece)))
+            place += len(piece)
         elif kind == FEATURE_SLOT:
-            tokens.extend([text.feature] * len(piece))
-            feature_at.extend(range(start, len(tokens)))
+            part.features.append((place, len(piece)))
+            place += len(piece)
         elif kind == TITLE_OPEN:
-            opened = start
+            opened = place
         elif kind == TITLE_CLOSE:
-            said.append((opened, start))
+            part.said.append((opened, place))
         else:
-            tokens.extend(text.encode(piece))
-    tokens.extend(after)
-    if len(item_at) != len(items) or len(feature_at) != len(features):
+            ids = text.ids(piece)
+            part.words.append((place, ids))
+            place += len(ids)
+    if after:
+        part.words.append((place, np.asarray(after, np.int32)))
+        place += len(after)
+    found = [sum(n for _, n in runs) for runs in (part.items, part.features)]
+    if found != [len(items), len(features)]:
         raise DataError(
-            f"{where}: {len(items)} items and {len(features)} features, but slots for {len(item_at)} and {len(feature_at)}"
+            f"{where}: {len(items)} items and {len(features)} features, but slots for {found[0]} and {found[1]}"
         )
-    arrays = {key: np.zeros(len(tokens), FIELDS[key]) for key in ("item", "feature", "feature_value")}
-    arrays = {"tokens": np.array(tokens, np.int32), **arrays, "said": np.zeros(len(tokens), np.int32)}
-    if item_at:
-        arrays["item"][item_at] = np.array(items, np.int32) + 1
-    if feature_at:
-        arrays["feature"][feature_at] = [f.index + 1 for f in features]
-        arrays["feature_value"][feature_at] = [f.value for f in features]
-    for start, end in said:
-        arrays["said"][start:end] = 1
-    return arrays
+    return part._replace(length=place - start)
+
+
+def _fill(
+    arrays: dict[str, np.ndarray], part: _Part, text: Text, items: Sequence[int], features: Sequence[Feature]
+) -> None:
+    """Write a part into its places."""
+    tokens = arrays["tokens"]
+    for place, ids in part.words:
+        tokens[place : place + len(ids)] = ids
+    if part.items:
+        indices, taken = np.array(items, np.int32) + 1, 0
+        for place, count in part.items:
+            tokens[place : place + count] = text.item
+            arrays["item"][place : place + count] = indices[taken : taken + count]
+            taken += count
+    taken = 0
+    for place, count in part.features:
+        some = features[taken : taken + count]
+        tokens[place : place + count] = text.feature
+        arrays["feature"][place : place + count] = [f.index + 1 for f in some]
+        arrays["feature_value"][place : place + count] = [f.value for f in some]
+        taken += count
+
+
+def _arrays(length: int) -> dict[str, np.ndarray]:
+    """All fields of so many tokens, zero; they are rows of one array."""
+    table = np.zeros((len(FIELDS), length), np.int32)
+    return {key: row if kind is np.int32 else row.view(kind) for (key, kind), row in zip(FIELDS.items(), table)}
 
 
 def encode_prompt(example: InstructionExample, text: Text) -> dict[str, np.ndarray]:
     """``<bos>`` + prompt, or the prompt in its chat frame, without targets: what the scorer reads."""
-    part = encode_part(
+    part = _prompt(example, text)
+    arrays = _arrays(part.length)
+    _fill(arrays, part, text, example.prompt_items, example.features)
+    return {key: arrays[key] for key in ("tokens", "item", "feature", "feature_value")}
+
+
+def _prompt(example: InstructionExample, text: Text) -> _Part:
+    return _part(
         text, example.prompt, example.prompt_items, example.features, example.template, text.before, text.after
     )
-    del part["said"]
-    return part
 
 
 def encode_answer(words: str, text: Text) -> list[int]:
@@ -126,29 +169,38 @@ def encode_example(example: InstructionExample, text: Text) -> dict[str, np.ndar
     on the target item at the last prompt position and, for dense examples, on every
     history item from ``dense_from`` at the position before it. An example without a text answer ends with its prompt.
     """
-    arrays = encode_part(
-        text, example.prompt, example.prompt_items, example.features, example.template, text.before, text.after
-    )
-    prompt_length = len(arrays["tokens"])
+    part = _prompt(example, text)
+    length, said = part.length, part.said
+    answer = None
     if example.answer:
-        answer = encode_part(text, example.answer, example.answer_items, (), example.template, after=text.end)
-        answer["said"][:] = answer["item"] == 0  # soft tokens are predicted by the item head, not as words
-        arrays = {k: np.concatenate([v, answer[k]]) for k, v in arrays.items()}
-    said, following = arrays.pop("said"), np.zeros_like(arrays["tokens"])
-    following[:-1] = np.where(said > 0, arrays["tokens"] + 1, 0)[1:]
-    if example.answer:
+        answer = _part(text, example.answer, example.answer_items, (), example.template, after=text.end, start=length)
+        said = [*said, (length, length + answer.length)]
+    arrays = _arrays(length + answer.length if answer else length)
+    _fill(arrays, part, text, example.prompt_items, example.features)
+    if answer:
+        _fill(arrays, answer, text, example.answer_items, ())
+    learnt = arrays["text_target"]
+    for start, end in said:
+        first = max(start, 1)  # nothing stands before the first token
+        if end > first:
+            learnt[first - 1 : end - 1] = arrays["tokens"][first:end] + 1
+    if answer:
+        for place, count in answer.items:  # soft tokens are predicted by the item head, not as words
+            learnt[place - 1 : place + count - 1] = 0
         # The last token is a target but not an input: its position would predict nothing.
-        arrays, following = {k: v[:-1] for k, v in arrays.items()}, following[:-1]
-    text_target = following
-
-    item_target = np.zeros(len(arrays["tokens"]), np.int32)
+        arrays = {key: row[:-1] for key, row in arrays.items()}
     if example.dense:
-        slots = np.flatnonzero(arrays["item"][:prompt_length])[example.dense_from :]
-        item_target[slots - 1] = arrays["item"][slots]
+        skipped = example.dense_from
+        for place, count in part.items:
+            new = min(skipped, count)
+            skipped -= new
+            first, end = max(place + new, 1), place + count
+            if end > first:
+                arrays["item_target"][first - 1 : end - 1] = arrays["item"][first:end]
     if example.target >= 0:
-        item_target[prompt_length - 1] = example.target + 1
-    task = np.full(len(item_target), TASKS.index(task_of(example)) + 1, np.int32)
-    return {**arrays, "text_target": text_target, "item_target": item_target, "task": task}
+        arrays["item_target"][length - 1] = example.target + 1
+    arrays["task"][:] = TASKS.index(task_of(example)) + 1
+    return arrays
 
 
 def truncate(arrays: dict[str, np.ndarray], length: int, head: int = 1) -> tuple[dict[str, np.ndarray], int]:

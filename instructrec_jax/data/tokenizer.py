@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from jaxtyping import Int32
+
 from instructrec_jax.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,18 +40,23 @@ class Text:
     before: tuple[int, ...] = (1,)  # a prompt starts with these: <bos>, or the head of a chat template
     after: tuple[int, ...] = ()  # and ends with these: where the assistant's turn begins
     end: tuple[int, ...] = (2,)  # an answer ends with these
-    _known: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _known: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens."""
-        if len(text) > _SHORT:
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.ids(text).tolist()
+
+    def ids(self, text: str) -> Int32[np.ndarray, " tokens"]:
+        """The same as an array, which is not to be written to."""
         ids = self._known.get(text)  # templates and wishes say the same again and again
         if ids is None:
-            if len(self._known) >= _KNOWN:
-                self._known.clear()
-            ids = self._known[text] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return list(ids)
+            ids = np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+            if len(text) <= _SHORT:
+                ids.flags.writeable = False
+                if len(self._known) >= _KNOWN:
+                    self._known.clear()
+                self._known[text] = ids
+        return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of many texts at once (parallel inside the tokeniser)."""

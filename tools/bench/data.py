@@ -78,7 +78,10 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def throughput(prepared: Any, config: Any) -> dict[str, Any]:
     """CPU seconds from split interactions to records on disk, and from these to token arrays."""
+    import tensorflow_datasets  # noqa: F401  # a second that is no example's
+
     from instructrec_jax import prepare
+    from instructrec_jax.data.loader import READ
     from instructrec_jax.data.records import Records
     from instructrec_jax.data.tokenise import encode_example
 
@@ -88,8 +91,8 @@ def throughput(prepared: Any, config: Any) -> dict[str, Any]:
     prepare.write_records(builder, config, folder, None)
     written = time.process_time()
     source = Records(folder)
-    for first in range(0, len(source), 64):
-        for example in source.__getitems__(range(first, min(first + 64, len(source)))):
+    for first in range(0, len(source), READ):
+        for example in source.__getitems__(range(first, min(first + READ, len(source)))):
             encode_example(example, prepared.text)
     done = time.process_time()
     parts = {"to records on disk": written - begun, "from disk to tokens": done - written}
