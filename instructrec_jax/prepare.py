@@ -18,7 +18,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +41,7 @@ from instructrec_jax.evaluation.hard_negatives import read_lists
 from instructrec_jax.files import in_bucket, read_json, sha256, write_json
 from instructrec_jax.instructions.build import FAMILIES, Builder
 from instructrec_jax.instructions.example import InstructionExample
+from instructrec_jax.instructions.pauses import PAUSES, check_time_gaps, pauses_in
 from instructrec_jax.instructions.teacher import texts
 from instructrec_jax.instructions.teacher.texts import TEXTS, TaughtWords
 
@@ -112,9 +113,11 @@ def number_of(config: Config, prepared: Prepared, name: str = "") -> int:
 
 def builder_of(data: SplitData, users: UserFeatures, config: Config, folder: Path) -> Builder:
     """Prompts over a data set whose taught texts, if there are any, are in ``folder``."""
-    tokens = users.tokens if users.names else None
+    tokens = users.tokens if users.index.shape[1] else None
     settings = config.instructions
-    builder = Builder(data, settings, config.data.domain, tokens, items_as=settings.items_as)
+    builder = Builder(
+        data, settings, config.data.domain, tokens, items_as=settings.items_as, pauses=pauses_in(users.names)
+    )
     if settings.teacher:
         builder.words = TaughtWords(
             builder.words, data, folder / TEXTS, seed=settings.seed, history_items=settings.history_items
@@ -151,6 +154,7 @@ def prepare(
     check_replaceable(final)
     raw = clean(sources.read(config.data, config.name), config.data.clean)
     data = split(raw, config.data.split)
+    check_time_gaps(config.instructions, data)
     for step in data.steps:
         say(f"  {step.name}: {step.interactions[0]:,} → {step.interactions[1]:,} interactions, {step.users[0]:,} → {step.users[1]:,} "
             f"users, {step.items[0]:,} → {step.items[1]:,} items{'; ' + step.detail if step.detail else ''}")  # fmt: skip
@@ -167,6 +171,8 @@ def prepare(
             data, config.model.content_features, config.model.cooccurrence_features, vectors
         )
         users = feature_tables.user_features(data)
+        if config.instructions.time_gaps:
+            users = replace(users, names=[*users.names, *PAUSES])
         np.save(fresh / "item_features.npy", item_features)
         np.savez(fresh / "user_features.npz", names=np.asarray(users.names, str), index=users.index, value=users.value)
 

@@ -48,7 +48,7 @@ def recommend(
         s = whole.one_set(set_name)
         data = s.prepared.data
         history: list[int] = []
-        features = ()
+        features, pauses = (), ()
         if user is not None:
             known = {name: i for i, name in enumerate(data.user_ids)}
             index = known.get(user_keys(s.config.data.hash_ids)(user))
@@ -57,10 +57,14 @@ def recommend(
                     f"no user {user!r} among the {data.num_users:,} users of {data.name}",
                     remedy="leave out --user for somebody new, with --item for what they liked",
                 )
-            history = data.history(index, int(data.offsets[index + 1])).tolist()
+            first, last = data.offsets[index : index + 2].tolist()
+            history, pauses = data.history(index, last).tolist(), s.builder.pauses_of(index, first, last)
             features = s.prepared.users.tokens(index)
         history += [find_item(s, name) for name in items]
-        prompt = s.builder.recommend_prompt(history, wish, preference, language or s.language, features=features)
+        pauses = (*pauses, *(None for _ in items))  # what is added now follows the log at an unknown time
+        prompt = s.builder.recommend_prompt(
+            history, wish, preference, language or s.language, features=features, pauses=pauses
+        )
         scores = s.scorer(params, batch_size=1).score_all([prompt])
         top = top_lists(scores, count, [np.asarray(history, np.int64)])[0]
         titles, genres = data.catalogue.titles, [data.catalogue.lists(c) for c in s.config.data.list_columns]

@@ -155,20 +155,23 @@ class Parser:
             return plain_prompt(_text(fields, "prompt")), []
         s, data = self._session, self._session.prepared.data
         history: list[int] = []
-        features = ()
+        features, pauses = (), ()
         if "user" in fields:
             user = self._user_of.get(self._key(name := _text(fields, "user")))
             if user is None:
                 raise UserError(f"no user {name!r} among the {data.num_users:,} users of {data.name}")
-            history = data.history(user, int(data.offsets[user + 1])).tolist()
+            first, last = data.offsets[user : user + 2].tolist()
+            history, pauses = data.history(user, last).tolist(), s.builder.pauses_of(user, first, last)
             features = s.prepared.users.tokens(user)
         for name in _texts(fields, "history") if "history" in fields else ():
             item = self._item_of.get(name, self._title_of.get(name))
             if item is None:
                 raise UserError(f"history: no item with id or title {name!r}")
             history.append(item)
+            pauses = (*pauses, None)
         wish, preference = (_text(fields, k) if k in fields else None for k in ("wish", "preference"))
-        return s.builder.recommend_prompt(history, wish, preference, s.language, features=features), history
+        prompt = s.builder.recommend_prompt(history, wish, preference, s.language, features=features, pauses=pauses)
+        return prompt, history
 
     def _candidates(self, fields: dict[str, Any]) -> tuple[list[str] | None, Any]:
         """(the candidates as given, as the scorer takes them)."""

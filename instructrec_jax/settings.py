@@ -79,6 +79,8 @@ class InstructionConfig:
     max_per_user: int = 0
     copies: int = 1  # renderings of every sequential window, each with another wording
     items_as: Literal["token", "title", "both"] = "token"  # how items stand in prompts: soft tokens, words, or both
+    # Pauses of an hour or more between events, and before the request, as feature tokens of a history (logs with timestamps)
+    time_gaps: bool = False
     dense_titles: bool = True  # items_as title: all titles of a history carry loss, not only the answer
     # Weights of the task families relative to sequential = one window of history. 0 = none.
     search: float = 1.0  # (P0|P1, I1|I2, T2): find the item from words

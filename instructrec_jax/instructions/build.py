@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy as copy_of
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from instructrec_jax.instructions.example import Feature, InstructionExample
 from instructrec_jax.instructions.keyed import fraction, key, keys, mix, pick
 from instructrec_jax.instructions.negatives import listed_negatives, sample_negatives
 from instructrec_jax.instructions.packs import Domain
+from instructrec_jax.instructions.pauses import Pauses
 from instructrec_jax.instructions.prompts import KINDS, Features, NothingToSay, Prompter
 from instructrec_jax.instructions.render import ItemsAs, Slots
 from instructrec_jax.instructions.targets import Parts, Plan, Stage, targets, with_limits
@@ -60,7 +61,10 @@ FAMILIES: dict[str, Family] = {
 }
 _SEQUENTIAL = 1  # number of the key
 _CHUNK = 1024  # examples whose negatives are drawn together
-_SHOW_FEATURES = 0.75  # share of training prompts that show the features of users who have some
+_SHOW_FEATURES = (
+    0.75  # share of training prompts that show the features of users who have some, and of windows that show time gaps
+)
+_SHOWN_PAUSES = 0x6A95  # keeps that draw apart
 
 
 class Builder(Prompter):
@@ -81,8 +85,9 @@ class Builder(Prompter):
         *,
         items_as: ItemsAs = "token",
         candidates_as: ItemsAs | None = None,
+        pauses: Pauses | None = None,
     ):
-        super().__init__(data, config, domain, features, items_as=items_as, candidates_as=candidates_as)
+        super().__init__(data, config, domain, features, items_as=items_as, candidates_as=candidates_as, pauses=pauses)
         self.written: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
         self.drawn: Counter[str] = Counter()
@@ -195,13 +200,16 @@ class Builder(Prompter):
                     self.skipped["sequential: one item has no history"] += 1
                     continue
                 number = key(self.config.seed, _SEQUENTIAL, self.data.first_user + user, first)
+                pauses: Sequence[Feature | None] = ()
+                if fraction(key(number, _SHOWN_PAUSES)) < _SHOW_FEATURES:
+                    pauses = self.pauses_of(user, start + first, start + first + len(items), request=titles_only)
                 for copy in range(self.config.copies):
                     group = groups[(number + copy) % len(groups)]
                     wording = group[(mix(number) + copy // len(groups)) % len(group)]
                     new = 0 if self.config.repeat_targets else dense_from
                     # The first title follows nothing: only its own frequency could be learnt.
                     learnt = max(new, 1) if titles_only and self.config.dense_titles else -1
-                    slots = Slots(history=items, features=features, answer=target, learnt_from=learnt)
+                    slots = Slots(history=items, features=features, answer=target, learnt_from=learnt, pauses=pauses)
                     self.written["sequential"] += 1
                     yield self.example(
                         wording,

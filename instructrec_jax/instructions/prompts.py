@@ -14,6 +14,7 @@ from instructrec_jax.instructions.example import Feature, InstructionExample
 from instructrec_jax.instructions.keyed import keys
 from instructrec_jax.instructions.negatives import sample_negatives
 from instructrec_jax.instructions.packs import Domain, clean_text, load_domain, word_slots
+from instructrec_jax.instructions.pauses import Pauses
 from instructrec_jax.instructions.render import ItemsAs, Slots, render
 from instructrec_jax.instructions.template import Template
 from instructrec_jax.instructions.templates import in_families, load_templates
@@ -62,6 +63,7 @@ class Prompter:
         features: user index -> soft tokens of the user's features; None = there are none.
         items_as: how items stand in a history: "token", "title" or "both".
         candidates_as: how the candidates of T3 and T1 and the item of T0 stand; None = as in the history.
+        pauses: where time gaps lie in the feature table; None = histories have none.
 
     Raises:
         ConfigError: unknown domain, language or family; a bad file of templates or packs; settings out of range.
@@ -76,6 +78,7 @@ class Prompter:
         *,
         items_as: ItemsAs = "token",
         candidates_as: ItemsAs | None = None,
+        pauses: Pauses | None = None,
     ):
         if not config.languages:
             raise ConfigError("instructions.languages is empty", remedy="e.g. [en]")
@@ -90,6 +93,7 @@ class Prompter:
         self.features = features
         self.items_as: ItemsAs = items_as
         self.candidates_as: ItemsAs | None = candidates_as
+        self.pauses = pauses
         self.words = Words(data, self.domain, config.seed, history_items=config.history_items)
         self.titles = self.words.facets.titles
         self.templates = load_templates(config.languages, config.templates)
@@ -185,18 +189,21 @@ class Prompter:
         language: str = "en",
         *,
         features: tuple[Feature, ...] = (),
+        pauses: Sequence[Feature | None] = (),
     ) -> InstructionExample:
         """The prompt for anyone: a history of catalogue indices (newest last), a wish and a taste in words, all
         optional.
 
         A taste makes it P2, else a history P1, else P0; a wish makes it I1. With neither it is what a newcomer asks.
+        ``pauses``: as of ``Slots``, for the whole history.
         """
         wish, preference = clean_text(wish or ""), clean_text(preference or "")
         history = list(history_items)[-self._history_budget("search" if wish else "sequential") :]
+        pauses = pauses[-len(history) - 1 :] if history else ()
         level = "P2" if preference else "P1" if history else "P0"
         kind, intention = ("search", "I1") if wish else ("sequential", "I0")
         template = self._first(language, kind, level, intention, features=bool(features), history=bool(history))
-        slots = Slots(history=history, preference=preference, intention=wish, features=features)
+        slots = Slots(history=history, preference=preference, intention=wish, features=features, pauses=pauses)
         return self.example(template, slots, user=-1, target=-1, about_user=True)
 
     # ------------------------------------------------------------------------------------------------------ small parts
@@ -315,9 +322,11 @@ class Prompter:
         """Slots of a template whose target is event ``end``; None if the data has no words for one of them."""
         start = int(self.data.offsets[user])
         history: list[int] = []
+        pauses: Sequence[Feature | None] = ()
         answered = template.answered_by
         if "history" in template.reads or "history_titles" in answered:
-            history = self.data.item[max(start, end - self._history_budget(template.kind)) : end].tolist()
+            first = max(start, end - self._history_budget(template.kind))
+            history, pauses = self.data.item[first:end].tolist(), self.pauses_of(user, first, end)
         taste: str | None = ""
         if "preference" in template.reads or "preference" in answered:
             taste = self.words.preference(user, end, template.language)
@@ -328,7 +337,21 @@ class Prompter:
         if "history_titles" in answered and not history:
             return None
         item = target if item < 0 else item
-        return Slots(history, taste, wish or "", candidates, item, features, answer=target, verdict=item == target)
+        right = item == target
+        return Slots(history, taste, wish or "", candidates, item, features, target, right, pauses=pauses)
+
+    def pauses_of(self, user: int, first: int, end: int, request: bool = True) -> Sequence[Feature | None]:
+        """The pauses of a history, events ``first`` to ``end`` (exclusive) of a user, as ``Slots`` has them; () without time gaps.
+
+        With ``request`` the last one is that before event ``end``, where there is such an event.
+        """
+        time = self.data.time
+        if self.pauses is None or time is None or first == end:
+            return ()
+        start, stop = int(self.data.offsets[user]), int(self.data.offsets[user + 1])
+        known = request and end < stop
+        found = self.pauses.before(time[first : end + known], int(time[first - 1]) if first > start else None)
+        return found if known else (*found, None)
 
     def shown(self, task: str) -> int:
         """How many candidates a prompt of this task shows."""

@@ -29,6 +29,8 @@ class Slots:
     answer: int = -1  # the item of the answer
     verdict: bool = True  # T0: the answer
     learnt_from: int = -1  # titles of the history from this one on carry loss; -1 = none
+    # Before each item of the history and, one more, behind the last: a pause, or none; () = none at all
+    pauses: Sequence[Feature | None] = ()
 
 
 class Rendered(NamedTuple):
@@ -71,7 +73,7 @@ def render(
     """
     phrases = load_phrases(template.language).one
     items: list[int] = []
-    features: tuple[Feature, ...] = ()
+    features: list[Feature] = []
     parts: list[str] = []
     prompt, answer = compiled(template, domain)
     if about_user and slots.features and "features" not in template.reads:
@@ -82,7 +84,8 @@ def render(
             parts.append(words)
         elif slot == "history":
             learnt = slots.learnt_from if items_as == "title" else -1
-            parts.append(_item_list(slots.history, titles, items_as, phrases["between_titles"], items, learnt))
+            between = phrases["between_titles"]
+            parts.append(_history(slots, titles, items_as, between, items, learnt, features))
         elif slot == "preference" or slot == "intention":
             text = clean_text(getattr(slots, slot))
             if not text:
@@ -107,8 +110,8 @@ def render(
         elif slot == "features":
             if not slots.features:
                 raise ValueError(f"template {template.id} needs features")
-            features = slots.features
-            parts.append(FEATURE_SLOT * len(features))
+            features.extend(slots.features)
+            parts.append(FEATURE_SLOT * len(slots.features))
     prompt_items = tuple(items)
     text = "".join(parts)
     if text.count(ITEM_SLOT) != len(prompt_items):
@@ -131,7 +134,7 @@ def render(
         else:
             answer_text += ITEM_SLOT
             answer_items = (*answer_items, slots.answer)
-    return Rendered(text, prompt_items, answer_text, answer_items, features)
+    return Rendered(text, prompt_items, answer_text, answer_items, tuple(features))
 
 
 @lru_cache(maxsize=4096)
@@ -161,6 +164,25 @@ def _words(text: str, domain: Domain, language: str) -> tuple[tuple[str, str], .
 def _without_stop(text: str, following: str) -> str:
     """The text without its full stop if the words after its slot begin with one."""
     return text.rstrip(".。 ") if following[:1] in (".", "。") else text
+
+
+def _history(
+    slots: Slots,
+    titles: Sequence[str],
+    items_as: ItemsAs,
+    separator: str,
+    items: list[int],
+    learnt: int,
+    features: list[Feature],
+) -> str:
+    """The text of a history; a pause is a soft token before the item that ended it."""
+    if not any(slots.pauses) or items_as == "title":
+        return _item_list(slots.history, titles, items_as, separator, items, learnt)
+    features.extend(pause for pause in slots.pauses if pause)
+    before = [FEATURE_SLOT if pause else "" for pause in slots.pauses]
+    shown = [_item_list((i,), titles, items_as, separator, items) for i in slots.history]
+    between = "" if items_as == "token" else separator
+    return between.join(pause + text for pause, text in zip(before, shown)) + before[-1]
 
 
 def _item_list(
