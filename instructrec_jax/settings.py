@@ -187,6 +187,8 @@ class ModelConfig:
     item_memory: ItemMemoryConfig = ItemMemoryConfig()
     wish_words: WishWordsConfig = WishWordsConfig()
     item_id_embedding: bool = True  # learned part of the item vector beside the content projection
+    # Where the learned part of an item vector begins: small random values, or the word vectors of its title (published models)
+    item_start: Literal["random", "titles"] = "random"
     # Chance per step that an item goes without its learned part and its co-occurrence: what is written about it learns to carry it
     item_id_dropout: float = 0.0
     content_features: int = 128  # width of the text features (TF-IDF + truncated SVD); 0 = none

@@ -273,3 +273,22 @@ def test_a_tokeniser_larger_than_the_word_table(made: Path) -> None:
         run.session(config),
     ):
         pass
+
+
+def test_items_begin_at_the_words_of_their_titles(made: Path) -> None:
+    """The learned part of an item's vector is its title's mean word vector, as long as a word's; what is written adds nothing yet."""
+    own = {"trainable": ["adapter", "items"], "item_start": "titles"}
+    config = config_of(made, "llama", {"items_as": "token", "history_items": 8}, **own)
+    prepare.prepare(config, lambda _: None)
+    with run.session(config) as s:
+        trained, frozen = s.start()
+        words = np.asarray(join(trained, frozen)["params"]["words"])
+        items, long = np.asarray(trained["params"]["item_id"]), np.linalg.norm(words, axis=1).mean()
+        for item in (0, 7, s.prepared.data.num_items - 1):
+            mean = words[s.prepared.text.ids(s.prepared.data.catalogue.titles[item])].mean(0)
+            np.testing.assert_allclose(items[item], mean * long / np.linalg.norm(mean), rtol=1e-5)
+        assert not items[s.prepared.data.num_items :].any() and not np.asarray(trained["params"]["item_content"]).any()
+    finished = run.train_run(config, made / "run-titles", lambda _: None)
+    assert finished.step == 6
+    with pytest.raises(ConfigError, match="item_start"), run.session(config_of(made, "llama", item_start="titles")):
+        pass

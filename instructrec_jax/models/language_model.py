@@ -139,7 +139,9 @@ class LanguageModel(nn.Module):
         vectors = jnp.zeros((s.items, a.width), jnp.float32, out_sharding=RULES.table_used)
         if s.content:
             assert content is not None
-            project = param(self, "item_content", 0.2 * s.content**-0.5, (s.content, a.width), RULES.project_fd)
+            # Beside word vectors, what is written about an item only adds what is learnt of it.
+            std = 0.0 if o.item_start == "titles" else 0.2 * s.content**-0.5
+            project = param(self, "item_content", std, (s.content, a.width), RULES.project_fd)
             if keep is not None:  # co-occurrence, in the last columns, is nothing that a new item has
                 written = jnp.arange(s.content) < s.content - o.cooccurrence_features
                 content = jnp.where(keep | written, content, 0)
