@@ -118,6 +118,12 @@ def baseline(names: tuple[str, ...], as_json: bool) -> None:
 @click.option("--preset", type=click.Path(), default="", help="The runs' config file; its commands are shown.")
 @click.option("--protocol", default="full", show_default=True, help="Name of the file in evaluation/, or hard-modes.")
 @click.option("--table", "tables", multiple=True, help="Protocol of a table to show; repeatable. [default: all]")
+@click.option(
+    "--beside",
+    multiple=True,
+    type=click.Path(),
+    help="A run of another config, same seeds; repeatable: the two side by side.",
+)
 @click.option("--into", type=click.Path(), help="Markdown document whose block is replaced. [default: print]")
 @click.option("--block", default="", help="Name of the block. [default: the config's name]")
 @click.option("--picture", type=click.Path(), help="PNG to draw the next-item table into.")
@@ -126,21 +132,25 @@ def results(
     preset: str,
     protocol: str,
     tables: tuple[str, ...],
+    beside: tuple[str, ...],
     into: str | None,
     block: str,
     picture: str | None,
 ) -> None:
-    """The tables of one config's RUN_DIRS, a seed each: means over seeds, intervals, paired tests, training time."""
+    """The tables of one config's RUN_DIRS, a seed each: means over seeds, intervals, paired tests, training time.
+
+    With --beside the model's rows of two configs instead.
+    """
     import os
 
-    from instructrec_jax.results import draw, markdown, put_block, read_runs
+    from instructrec_jax.results import compared, draw, markdown, put_block, read_runs
 
     runs = read_runs(run_dirs, protocol)
     shown = ""
     if picture:
         draw(runs, Path(picture))
         shown = os.path.relpath(picture, Path(into).parent) if into else picture
-    text = markdown(runs, preset, shown, tables)
+    text = compared(runs, read_runs(beside, protocol)) if beside else markdown(runs, preset, shown, tables)
     if not into:
         click.echo(text)
         return

@@ -172,6 +172,43 @@ def _cell(seeds: Sequence[Estimate], baseline: bool) -> str:
     return f"**{mean(values):.4f}** ± {stdev(values):.4f} [{every}]{interval}"
 
 
+def compared(runs: Sequence[SeedRun], others: Sequence[SeedRun]) -> str:
+    """The first table's model rows of two configs on the same cases, seed beside seed: what a change of settings costs or gains.
+
+    Raises:
+        UserError: the runs were measured on different cases, or the seeds differ.
+    """
+    ours, theirs = ([next(iter(run.results().values())) for run in side] for side in (runs, others))
+    seeds = [[run.config.train.seed for run in side] for side in (runs, others)]
+    if seeds[0] != seeds[1]:
+        raise UserError(f"the seeds differ: {seeds[0]} and {seeds[1]}", remedy="compare the same seeds")
+    about = [(r.protocol, r.split, r.cases, r.items) for r in (ours[0], theirs[0])]
+    if about[0] != about[1]:
+        raise UserError(
+            f"the tables differ: {about[0]} and {about[1]}", remedy="measure both on the same data and protocol"
+        )
+    names = [m for m in METRICS if m in ours[0].rows[0].metrics] or list(SAMPLED_METRICS)
+    changed = differing(runs[0].config, others[0].config)
+    what = ", ".join(f"{key} {_word(value)}" for key, value in changed.items())
+    lines = [
+        f"**{runs[0].config.name} beside {others[0].config.name}** ({what}), {ours[0].protocol}, {ours[0].cases:,} cases",
+        "",
+    ]
+    lines += ["| system | config | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    differences = []
+    for row in (r for r in ours[0].rows if not r.baseline):
+        found = []
+        for side, results in ((runs, ours), (others, theirs)):
+            cells = [[r.row(row.name).metrics[name] for r in results] for name in names]
+            found.append([e.mean or 0.0 for e in cells[0]])
+            lines.append(f"| {row.name} | {side[0].config.name} | {' | '.join(_cell(cell, False) for cell in cells)} |")
+        by_seed = [a - b for a, b in zip(*found)]
+        spread = f" ± {stdev(by_seed):.4f}" if len(by_seed) > 1 else ""
+        each = ", ".join(f"{d:+.4f}" for d in by_seed)
+        differences += ["", f"{row.name}, {names[0]}, first less second: {mean(by_seed):+.4f}{spread} by seed [{each}]"]
+    return "\n".join([*lines, *differences]) + "\n"
+
+
 def draw(runs: Sequence[SeedRun], file: Path) -> None:
     """A dot for each system of the first table, mean over seeds, with its interval over users; PNG."""
     from instructrec_jax.evaluation.figures import require_matplotlib

@@ -17,7 +17,7 @@ from instructrec_jax.config import Config
 from instructrec_jax.errors import UserError
 from instructrec_jax.evaluation.metrics import TargetRank
 from instructrec_jax.evaluation.table import EvaluationResult, Row
-from instructrec_jax.results import markdown, put_block, read_runs
+from instructrec_jax.results import compared, markdown, put_block, read_runs
 
 
 def write_run(folder: Path, seed: int, **train: object) -> Path:
@@ -107,3 +107,15 @@ def test_the_tables_of_hard_modes(tmp_path: Path) -> None:
     (runs[1] / "hard_modes.json").unlink()
     with pytest.raises(UserError, match="hard-modes"):
         read_runs(runs, "hard-modes")
+
+
+def test_two_configs_side_by_side(tmp_path: Path) -> None:
+    ours = [write_run(tmp_path / f"a{seed}", seed) for seed in (0, 1)]
+    theirs = [write_run(tmp_path / f"b{seed}", seed, learning_rate=1.0) for seed in (0, 1)]
+    beside = [word for run in theirs for word in ("--beside", str(run))]
+    found = CliRunner().invoke(cli, ["results", *map(str, ours), *beside], catch_exceptions=False)
+    assert found.exit_code == 0 and "train.learning_rate 1.0" in found.output, found.output
+    assert "popularity" not in found.output
+    assert "+0.0000 ± 0.0000 by seed [+0.0000, +0.0000]" in found.output  # the same ranks in both
+    with pytest.raises(UserError, match="the seeds differ"):
+        compared(read_runs(ours), read_runs(theirs[:1]))
