@@ -117,15 +117,28 @@ def naive(hidden: jax.Array, target: jax.Array, table: jax.Array, bias: jax.Arra
     return jnp.where(real, chosen, 0), jnp.where(real, jax.nn.logsumexp(logits, axis=-1), 0)
 
 
+def some_targets(spread: str) -> tuple[np.ndarray, int]:
+    """[8, S] of 240 words, and a number of positions of each row."""
+    r = np.random.default_rng(1)
+    length, chunk = (16, 4) if spread == "short" else (128, 64)
+    target = np.where(r.random((8, length)) < 0.6, r.integers(1, 240, (8, length)), 0).astype(np.int32)
+    if spread == "short":
+        target[:, 8:] = 0  # chunks to skip
+    if spread == "uneven":  # a full row, rows with hardly a target, and none in the two rows of a device of (2, 2, 2)
+        target[0], target[1:4, 3:], target[4:6] = r.integers(1, 240, length), 0, 0
+    return target, chunk
+
+
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (1, 8, 1)])
-@pytest.mark.parametrize(("tiles", "cap"), [(1, 0.0), (4, 3.0)])
-def test_tiles_equal_the_whole_softmax(mesh: tuple, tiles: int, cap: float) -> None:
+@pytest.mark.parametrize(
+    ("tiles", "cap", "spread"), [(1, 0.0, "short"), (4, 3.0, "short"), (1, 3.0, "long"), (2, 0.0, "uneven")]
+)
+def test_tiles_equal_the_whole_softmax(mesh: tuple, tiles: int, cap: float, spread: str) -> None:
     r = np.random.default_rng(0)
-    hidden, table = (r.normal(size=s).astype(np.float32) for s in ((8, 16, 32), (256, 32)))
+    target, chunk = some_targets(spread)
+    hidden, table = (r.normal(size=s).astype(np.float32) for s in ((*target.shape, 32), (256, 32)))
     bias = r.normal(size=256).astype(np.float32)
-    target = np.where(r.random((8, 16)) < 0.6, r.integers(1, 240, (8, 16)), 0).astype(np.int32)
-    target[:, 8:] = 0  # chunks to skip
-    weights = r.normal(size=(2, 8, 16)).astype(np.float32) * (target > 0)
+    weights = r.normal(size=(2, *target.shape)).astype(np.float32) * (target > 0)
 
     def loss(found: tuple) -> jax.Array:
         return sum(jnp.sum(w * jnp.where(target > 0, x, 0)) for w, x in zip(weights, found))
@@ -136,7 +149,7 @@ def test_tiles_equal_the_whole_softmax(mesh: tuple, tiles: int, cap: float) -> N
         ids = on(target, RULES.ids_bs)
 
         def ours(h: jax.Array, t: jax.Array, b: jax.Array) -> jax.Array:
-            scores = table_scores(h, ids, t, b, count=240, softcap=cap, tiles=tiles, chunk=4, learns=True)
+            scores = table_scores(h, ids, t, b, count=240, softcap=cap, tiles=tiles, chunk=chunk, learns=True)
             real = jax.reshard(jnp.asarray(target > 0), RULES.ids_bs)
             parts = (jax.reshard(jnp.asarray(w), RULES.ids_bs) for w in weights)
             return sum(jnp.sum(w * jnp.where(real, x, 0)) for w, x in zip(parts, scores))

@@ -1,8 +1,7 @@
 """Cross-entropy on answer words and on every predicted item: logits never exist for more than a chunk of positions.
 
-Both heads work alike. In every row the positions that predict something are moved to the front, so that trailing chunks without
-targets are skipped at run time (``training/tiles.py``). Losses are *sums* with their weights: whoever combines micro-batches or
-devices divides once, at the end.
+Both heads work alike: the positions that predict something are brought together, and no others are computed (``training/tiles.py``).
+Losses are *sums* with their weights: whoever combines micro-batches or devices divides once, at the end.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def word_loss(
     Args:
         out: hidden states and heads.
         batch: with ``text_target`` and ``task``.
-        chunk: positions of every row whose logits exist at one time.
+        chunk: positions of every row, on average, whose logits exist at one time.
         arch: the model.
         tiles: parts of the word table, of which one is gathered at a time.
         learns: whether the word table does.
@@ -51,7 +50,6 @@ def word_loss(
         index = jnp.maximum(target - 1, 0)
         normaliser = jax.nn.logsumexp(word_logits(hidden, out, arch), axis=-1)
         return sums_of(normaliser - chosen_logits(hidden, index, out, arch), normaliser, target, task)
-    hidden, target, task = in_front(hidden, target, task)
     scores = table_scores(
         hidden, target, out.word_head, out.word_bias,
         count=arch.vocab, softcap=arch.final_softcap, tiles=tiles, chunk=chunk, learns=learns,
@@ -81,23 +79,12 @@ def item_loss(
         chosen = jnp.sum(hidden * lookup(vectors, index), axis=-1) + lookup(bias[:, None], index)[..., 0]
         scores = Scores(chosen, jax.nn.logsumexp(_own(item_logits(hidden, out, count), index, spaces), axis=-1))
     else:
-        hidden, target, task = in_front(hidden, target, task)
         scores = table_scores(
             hidden, target, vectors, bias, count=count, softcap=0.0, tiles=1, chunk=chunk, learns=True, spaces=spaces
         )  # fmt: skip
-    average, begun = None, 0
-    for end in spaces or (count,):
-        number = jnp.arange(vectors.shape[0])
-        real = ((number >= begun) & (number < end))[:, None]
-        mean_vector = jnp.sum(jnp.where(real, vectors, 0), axis=0) / (end - begun)
-        mean_bias = jnp.sum(jnp.where(real[:, 0], bias, 0)) / (end - begun)
-        logit = jnp.einsum("bsd,d->bs", hidden, mean_vector) + mean_bias
-        average = (
-            logit if average is None else jnp.where(target > begun, logit, average)
-        )  # of catalogues in their order
-        begun = end
-    assert average is not None
-    nll = scores.normaliser - (1 - smoothing) * scores.chosen - smoothing * average
+    nll = scores.normaliser - (1 - smoothing) * scores.chosen
+    if smoothing:
+        nll = nll - smoothing * _average_logit(hidden, target, vectors, bias, spaces or (count,))
     return sums_of(nll, scores.normaliser, target, task)
 
 
@@ -136,6 +123,28 @@ def rerank_loss(
         return -(1 - teacher) * log_prob[..., 0] - teacher * taught, normaliser
 
     return in_chunks(nll, out.hidden, batch, chunk)
+
+
+def _average_logit(
+    hidden: Float[Array, "B S D"],
+    target: Int[Array, "B S"],
+    vectors: Float[Array, "I D"],
+    bias: Float[Array, " I"],
+    ends: tuple[int, ...],
+) -> Float[Array, "B S"]:
+    """The mean logit over the items of the target's catalogue; catalogues end at ``ends``."""
+    average, begun = None, 0
+    for end in ends:
+        number = jnp.arange(vectors.shape[0])
+        real = ((number >= begun) & (number < end))[:, None]
+        mean_vector = jnp.sum(jnp.where(real, vectors, 0), axis=0) / (end - begun)
+        mean_bias = jnp.sum(jnp.where(real[:, 0], bias, 0)) / (end - begun)
+        logit = jnp.einsum("bsd,d->bs", hidden, mean_vector) + mean_bias
+        # The catalogues come in their order.
+        average = logit if average is None else jnp.where(target > begun, logit, average)
+        begun = end
+    assert average is not None
+    return average
 
 
 def _own(logits: Float[Array, "B S I"], index: Int[Array, "B S"], spaces: tuple[int, ...]) -> Float[Array, "B S I"]:

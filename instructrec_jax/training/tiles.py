@@ -1,9 +1,12 @@
 """The softmax over a table of words that is never gathered: a tile of its rows at a time, for all positions that have a target.
 
-The table is stored sharded over ``fsdp``. Each tile of V / T rows is gathered, contracted with all hidden states, ``chunk`` positions of
-every row at a time, and left again; the backward pass does the same once more and scatters the tile's gradient at once. So of the table
-a device holds one tile in the compute type, one tile's gradient, and logits ``[B, chunk, V / T]``. Communication is what gathering the
-table twice and reducing its gradient once would take, whatever the number of tiles and of positions.
+The table is stored sharded over ``fsdp``. Each tile of V / T rows is gathered, contracted with the hidden states, B · ``chunk`` positions
+at a time, and left again; the backward pass does the same once more and scatters the tile's gradient at once. So of the table a device
+holds one tile in the compute type, one tile's gradient, and logits ``[B · chunk, V / T]``. Communication is what gathering the table twice
+and reducing its gradient once would take, whatever the number of tiles and of positions.
+
+A device's rows have their targets where they may: the positions of all of them form one list with the targets in front, which is walked
+to its last target. The work follows the number of targets, not the row that has most of them.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from instructrec_jax.errors import ConfigError
 from instructrec_jax.models.heads import spaces_of
@@ -74,7 +77,7 @@ def table_scores(
 ) -> Scores:
     """The target's logit and the normaliser of softmax(table · h + bias), for positions whose target (row + 1) is not 0.
 
-    Differentiable in ``hidden``, ``table`` and ``bias``. Chunks of positions in which no row of a device has a target are skipped there.
+    Differentiable in ``hidden``, ``table`` and ``bias``. The time is that of a device's positions with a target.
 
     Args:
         hidden: in the compute type, in which the products are taken; their sums are float32.
@@ -84,7 +87,7 @@ def table_scores(
         count: real rows.
         softcap: cap · tanh(logits / cap), before the softmax; 0 = none.
         tiles: parts of the table.
-        chunk: positions of every row whose logits exist at one time; divides S.
+        chunk: positions of every row, on average, whose logits exist at one time; divides S.
         learns: False where the table is frozen: its gradient is not computed.
         spaces: as of ``Sizes``.
     """
@@ -134,6 +137,55 @@ _scores.defvjp(_forward, _backward)
 
 # --------------------------------------------------------------------------------------------------------- on each device
 
+_SMALLEST = 128  # positions that a matrix unit takes at once
+
+
+class _Front(NamedTuple):
+    """The positions of all rows of a device as one list [N], those with a target first."""
+
+    order: Int[Array, " N"]  # position b · S + s of each place of the list
+    place: Int[Array, " N"]  # of each position that has a target
+    real: Bool[Array, " N"]  # which have one
+    count: Int[Array, ""]  # how many have
+
+    @classmethod
+    def of(cls, target: Int[Array, "B S"]) -> _Front:
+        real = target.reshape(-1) > 0
+        upto = jnp.cumsum(real, dtype=jnp.int32)
+        return cls(jnp.argsort(~real, stable=True), jnp.maximum(upto - 1, 0), real, upto[-1])
+
+    def listed(self, x: Float[Array, "B S ..."]) -> Float[Array, "N ..."]:
+        return _rows(x.reshape(-1, *x.shape[2:]), self.order)
+
+    def in_rows(self, x: Float[Array, "N ..."], rows: int) -> Float[Array, "B S ..."]:
+        """The inverse of ``listed``, with 0 where there is no target."""
+        own = jnp.where(self.real.reshape(-1, *(1,) * (x.ndim - 1)), _rows(x, self.place), 0)
+        return own.reshape(rows, -1, *x.shape[1:])
+
+    def walk(self, plan: _Plan, rows: int, visit: Callable[[Callable, Callable, Any], Any], so_far: Any) -> Any:
+        """``visit(cut, put, so_far)`` for parts of the list, until all targets are seen.
+
+        ``cut(x)`` is the part of a list and ``put(x, part)`` the list with another part. Parts are of ``plan.chunk`` positions of every
+        row; what is left is seen in smaller ones, for there may be few targets in all.
+        """
+        large = rows * plan.chunk
+        small = large // next(n for n in (8, 4, 2, 1) if n == 1 or (large % n == 0 and large // n >= _SMALLEST))
+        whole = self.count // large if small < large else 0
+        rest = -(-(self.count - whole * large) // small)
+        for size, first, number in ((large, 0, whole), (small, whole * large, rest)):
+
+            def part(k: jax.Array, so_far: Any, size: int = size, first: Any = first) -> Any:
+                at = first + k * size
+                return visit(
+                    lambda x: jax.lax.dynamic_slice_in_dim(x, at, size),
+                    lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, at, 0),
+                    so_far,
+                )
+
+            if isinstance(number, jax.Array):
+                so_far = jax.lax.fori_loop(0, number, part, so_far)
+        return so_far
+
 
 class _Tile(NamedTuple):
     """Some rows of the table, gathered."""
@@ -141,74 +193,86 @@ class _Tile(NamedTuple):
     first: jax.Array  # their number in the whole table
     rows: Float[Array, "T D"]
     bias: Float[Array, " T"] | None
+    # Added to logits: rows that pad the table have no probability. None = there are no such rows.
+    closed: Float[Array, " T"] | None
 
-    def logits(self, plan: _Plan, hidden: Float[Array, "B C D"], wanted: Int[Array, "B C"]) -> Float[Array, "B C T"]:
-        raw = jnp.einsum("bcd,td->bct", hidden, self.rows, preferred_element_type=jnp.float32)
-        if self.bias is not None:
-            raw = raw + self.bias
-        if plan.softcap:
-            raw = plan.softcap * jnp.tanh(raw / plan.softcap)
+    def logits(self, plan: _Plan, hidden: Float[Array, "C D"]) -> Float[Array, "C T"]:
+        """Of all rows, before any is masked."""
+        raw = jnp.einsum("cd,td->ct", hidden, self.rows, preferred_element_type=jnp.float32)
+        return _finished(plan, raw, self.bias)
+
+    def masked(self, plan: _Plan, logits: Float[Array, "C T"], wanted: Int[Array, " C"]) -> Float[Array, "C T"]:
         if plan.spaces:
-            first, last = spaces_of(wanted[..., None] - 1, plan.spaces)
-            return jnp.where((self.numbers >= first) & (self.numbers < last), raw, _NONE)
-        return jnp.where(self.numbers < plan.count, raw, _NONE)
+            first, last = spaces_of(wanted[:, None] - 1, plan.spaces)
+            return jnp.where((self.numbers >= first) & (self.numbers < last), logits, _NONE)
+        return logits if self.closed is None else logits + self.closed
+
+    def chosen(self, plan: _Plan, hidden: Float[Array, "C D"], wanted: Int[Array, " C"]) -> Float[Array, " C"]:
+        """The target's logit from its own row, 0 if that is in another tile: nothing is picked from [C, T]."""
+        at = wanted - 1 - self.first
+        here = (at >= 0) & (at < self.rows.shape[0])
+        at = jnp.where(here, at, 0)
+        raw = jnp.sum(hidden.astype(jnp.float32) * _rows(self.rows, at).astype(jnp.float32), axis=-1)
+        return jnp.where(here, _finished(plan, raw, None if self.bias is None else _rows(self.bias, at)), 0.0)
 
     @property
     def numbers(self) -> Int[Array, " T"]:
         return self.first + jnp.arange(self.rows.shape[0])
 
 
+def _rows(x: jax.Array, at: jax.Array) -> jax.Array:
+    return x.at[at].get(mode="promise_in_bounds")
+
+
+def _finished(plan: _Plan, raw: jax.Array, bias: jax.Array | None) -> jax.Array:
+    raw = raw if bias is None else raw + bias
+    return plan.softcap * jnp.tanh(raw / plan.softcap) if plan.softcap else raw
+
+
 def _tiles(plan: _Plan, table: jax.Array, bias: jax.Array | None, dtype: Any) -> Callable[[jax.Array], _Tile]:
     size = table.shape[0] // plan.tiles
     offset = jax.lax.axis_index("tensor") * table.shape[0]
+    padded = table.shape[0] * jax.lax.axis_size("tensor") > plan.count
 
     def tile(number: jax.Array) -> _Tile:
         own = jax.lax.dynamic_slice_in_dim(table, number * size, size).astype(dtype)
         rows = jax.lax.all_gather(own, "fsdp", axis=1, tiled=True)
         part = None if bias is None else jax.lax.dynamic_slice_in_dim(bias, number * size, size)
-        return _Tile(offset + number * size, rows, part)
+        first = offset + number * size
+        closed = jnp.where(first + jnp.arange(size) < plan.count, 0.0, _NONE) if padded else None
+        return _Tile(first, rows, part, closed)
 
     return tile
-
-
-def _chunks(x: Float[Array, "B S ..."], size: int) -> Float[Array, "N B C ..."]:
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
-
-
-def _joined(x: Float[Array, "N B C ..."]) -> Float[Array, "B S ..."]:
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _forward_local(
     plan: _Plan, hidden: jax.Array, target: jax.Array, table: jax.Array, bias: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     tile_of = _tiles(plan, table, bias, hidden.dtype)
-    parts = (_chunks(hidden, plan.chunk), _chunks(target, plan.chunk))
+    front = _Front.of(target)
+    given = front.listed(hidden), front.listed(target)
 
     def visit(so_far: tuple, number: jax.Array) -> tuple[tuple, None]:
         tile = tile_of(number)
 
-        def compute(h: jax.Array, wanted: jax.Array, highest: jax.Array, total: jax.Array, chosen: jax.Array) -> tuple:
-            logits = tile.logits(plan, h, wanted)
+        def part(cut: Callable, put: Callable, so_far: tuple) -> tuple:
+            h, wanted = map(cut, given)
+            highest, total, chosen = map(cut, so_far)
+            logits = tile.masked(plan, tile.logits(plan, h), wanted)
             higher = jnp.maximum(highest, jnp.max(logits, axis=-1))
-            total = total * jnp.exp(highest - higher) + jnp.sum(jnp.exp(logits - higher[..., None]), axis=-1)
-            hit = wanted[..., None] - 1 == tile.numbers
-            return higher, total, chosen + jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+            total = total * jnp.exp(highest - higher) + jnp.sum(jnp.exp(logits - higher[:, None]), axis=-1)
+            return tuple(map(put, so_far, (higher, total, chosen + tile.chosen(plan, h, wanted))))
 
-        def chunk(_: None, part: tuple) -> tuple[None, tuple]:
-            return None, jax.lax.cond(jnp.any(part[1] > 0), compute, lambda h, wanted, *rest: rest, *part)
+        return front.walk(plan, target.shape[0], part, so_far), None
 
-        return jax.lax.scan(chunk, None, (*parts, *so_far))[1], None
-
-    zero = jnp.zeros(parts[1].shape, jnp.float32)
+    zero = jnp.zeros(target.size, jnp.float32)
     (highest, total, chosen), _ = jax.lax.scan(visit, (zero + _NONE, zero, zero), jnp.arange(plan.tiles))
     # Each device along ``tensor`` has seen its own rows of the table.
     top = jax.lax.pmax(highest, "tensor")
     total = jax.lax.psum(total * jnp.exp(highest - top), "tensor")
-    seen = total > 0
-    normaliser = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), 0.0)
-    return _joined(jax.lax.psum(chosen, "tensor")), _joined(normaliser)
+    normaliser = top + jnp.log(jnp.where(total > 0, total, 1.0))
+    rows = target.shape[0]
+    return front.in_rows(jax.lax.psum(chosen, "tensor"), rows), front.in_rows(normaliser, rows)
 
 
 def _backward_local(
@@ -222,39 +286,40 @@ def _backward_local(
     by_normaliser: jax.Array,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     tile_of = _tiles(plan, table, bias, hidden.dtype)
-    given = (hidden, target, normaliser, by_chosen, by_normaliser)
-    parts = tuple(_chunks(x, plan.chunk) for x in given)
+    front = _Front.of(target)
+    # A part's last positions may have no target: they have no probability anywhere, and change nothing.
+    real = target > 0
+    normaliser = jnp.where(real, normaliser, -_NONE)
+    by_chosen, by_normaliser = (jnp.where(real, by, 0.0) for by in (by_chosen, by_normaliser))
+    given = tuple(map(front.listed, (hidden, target, normaliser, by_chosen, by_normaliser)))
 
     def visit(so_far: tuple, number: jax.Array) -> tuple[tuple, None]:
         by_hidden, by_table, by_bias = so_far
         tile = tile_of(number)
 
-        def compute(so_far: tuple, by_h: jax.Array, h: jax.Array, wanted: jax.Array, total: jax.Array, *by: jax.Array):
-            logits = tile.logits(plan, h, wanted)
-            hit = wanted[..., None] - 1 == tile.numbers
-            real = (wanted > 0)[..., None]
-            probability = jnp.where(real, jnp.exp(logits - total[..., None]), 0.0)
-            by_logits = probability * by[1][..., None] + jnp.where(hit, by[0][..., None], 0.0)
+        def part(cut: Callable, put: Callable, so_far: tuple) -> tuple:
+            by_hidden, by_rows, by_part = so_far
+            h, wanted, total, by_chosen, by_total = map(cut, given)
+            logits = tile.logits(plan, h)
+            probability = jnp.exp(tile.masked(plan, logits, wanted) - total[:, None])
+            hit = wanted[:, None] - 1 == tile.numbers
+            by_logits = probability * by_total[:, None] + jnp.where(hit, by_chosen[:, None], 0.0)
             if plan.softcap:
-                capped = jnp.where(tile.numbers < plan.count, logits, 0.0)
-                by_logits = by_logits * (1 - (capped / plan.softcap) ** 2)
+                by_logits = by_logits * (1 - (logits / plan.softcap) ** 2)
             narrow = by_logits.astype(hidden.dtype)
-            by_h = by_h + jnp.einsum("bct,td->bcd", narrow, tile.rows, preferred_element_type=jnp.float32)
-            by_rows, by_part = so_far
+            by_h = jnp.einsum("ct,td->cd", narrow, tile.rows, preferred_element_type=jnp.float32)
             if by_rows is not None:
-                by_rows = by_rows + jnp.einsum("bct,bcd->td", narrow, h, preferred_element_type=jnp.float32)
+                by_rows = by_rows + jnp.einsum("ct,cd->td", narrow, h, preferred_element_type=jnp.float32)
             if by_part is not None:
-                by_part = by_part + jnp.sum(by_logits, axis=(0, 1))
-            return (by_rows, by_part), by_h
-
-        def chunk(so_far: tuple, part: tuple) -> tuple[tuple, jax.Array]:
-            return jax.lax.cond(jnp.any(part[2] > 0), compute, lambda so_far, by_h, *_: (so_far, by_h), so_far, *part)
+                by_part = by_part + jnp.sum(by_logits, axis=0)
+            return put(by_hidden, cut(by_hidden) + by_h), by_rows, by_part
 
         start = (
+            by_hidden,
             jnp.zeros(tile.rows.shape, jnp.float32) if plan.learns else None,
             None if bias is None else jnp.zeros(tile.rows.shape[0], jnp.float32),
         )
-        (by_rows, by_part), by_hidden = jax.lax.scan(chunk, start, (by_hidden, *parts))
+        by_hidden, by_rows, by_part = front.walk(plan, target.shape[0], part, start)
         first = number * tile.rows.shape[0]
         if by_rows is not None:
             by_rows = jax.lax.psum_scatter(by_rows, "fsdp", scatter_dimension=1, tiled=True)
@@ -264,12 +329,12 @@ def _backward_local(
         return (by_hidden, by_table, by_bias), None
 
     start = (
-        jnp.zeros(parts[0].shape, jnp.float32),
+        jnp.zeros((target.size, hidden.shape[2]), jnp.float32),
         jnp.zeros(table.shape, jnp.float32) if plan.learns else None,
         None if bias is None else jnp.zeros(bias.shape, jnp.float32),
     )
     (by_hidden, by_table, by_bias), _ = jax.lax.scan(visit, start, jnp.arange(plan.tiles))
-    by_hidden = _joined(jax.lax.psum(by_hidden, "tensor")).astype(hidden.dtype)
+    by_hidden = front.in_rows(jax.lax.psum(by_hidden, "tensor").astype(hidden.dtype), target.shape[0])
     if by_table is not None:
         by_table = jax.lax.psum(by_table, "replica").astype(table.dtype)
     if by_bias is not None:
