@@ -335,6 +335,12 @@ def main() -> None:
     """Entry point: user errors are printed without a traceback and exit with status 2."""
     try:
         cli(standalone_mode=True)
+    except SystemExit as end:
+        if end.code in (None, 0, 143) and _where():  # on all processes alike
+            from instructrec_jax.training import hosts
+
+            hosts.meet("at the end")
+        raise
     except UserError as error:
         click.echo(f"error{_where()}: {error}", err=True)
         sys.exit(2)

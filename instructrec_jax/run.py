@@ -216,6 +216,7 @@ def session(config: Config) -> Iterator[Session]:
             spaces = tuple(space.items[1] for space in prepared.sets)
             sizes = Sizes(vocab, rows, users, features.shape[1], spaces)
         check_divides(arch, mesh.shape, mesh.shape["replica"] * mesh.shape["fsdp"], sizes.tables)
+        hosts.meet("with data")  # reading may take one much longer than another
         yield Session(
             config,
             prepared,

@@ -5,6 +5,7 @@ killed-in-save    SIGKILL while the second checkpoint is written in the backgrou
 told-in-step      SIGTERM after the third step
 told-in-validation    SIGTERM between the first batches of the first validation
 broken-chip       its devices' parts of the weights are not numbers after the fifth step
+late              it needs longer than a heartbeat may take for the end of its work, when all steps are done
 elsewhere         its run folder is another one, as on a machine without a shared disk
 losses            no command: 20 steps on slices of one stream of global batches, the losses as JSON
 """
@@ -54,6 +55,19 @@ def _killed_in_save() -> None:
         return die()
 
     TrainingBatches.save = deadly
+
+
+def _late() -> None:
+    from instructrec_jax import run
+
+    train_run = run.train_run
+
+    def slow(*arguments: Any) -> Any:
+        finished = train_run(*arguments)
+        time.sleep(1.5 * float(os.environ["INSTRUCTREC_HEARTBEAT_SECONDS"]))
+        return finished
+
+    run.train_run = slow
 
 
 def _broken_chip() -> None:
@@ -126,6 +140,8 @@ def main() -> None:
         return
     if what == "killed-in-save":
         _killed_in_save()
+    elif what == "late":
+        _late()
     elif what == "broken-chip":
         _broken_chip()
     elif what == "told-in-step":

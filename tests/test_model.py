@@ -168,8 +168,14 @@ def test_rotary_is_relative() -> None:
 def test_a_plan_that_does_not_divide_names_axis_number_and_remedy() -> None:
     with pytest.raises(ConfigError, match=r"kv_heads = 2 .* tensor = 8(.|\n)*nearest tensor size that divides 2 is 2"):
         check_divides(CONFIG, {"replica": 1, "fsdp": 1, "tensor": 8}, 8)
-    with pytest.raises(ConfigError, match=r"batch_size .* = 6 .* = 4"):
-        check_divides(CONFIG, {"replica": 2, "fsdp": 2, "tensor": 1}, 6)
+    for rows, nearest in ((6, 8), (3, 4), (9, 8)):
+        with pytest.raises(
+            ConfigError, match=rf"batch_size .* = {rows} .* = 4(.|\n)*nearest number that does is {nearest}"
+        ):
+            check_divides(CONFIG, {"replica": 2, "fsdp": 2, "tensor": 1}, rows)
+    # A width of 24 would divide by 12, but then 16 devices have no place on the mesh.
+    with pytest.raises(ConfigError, match=r"width = 24 .* fsdp = 16(.|\n)*nearest fsdp size that divides 24 is 8"):
+        check_divides(dataclasses.replace(CONFIG, width=24), {"replica": 1, "fsdp": 16, "tensor": 1}, 16)
 
 
 def test_mesh_sizes() -> None:
@@ -177,3 +183,7 @@ def test_mesh_sizes() -> None:
     for bad in (MeshConfig(3, -1, 1), MeshConfig(1, 4, 1), MeshConfig(-1, -1, 1)):
         with pytest.raises(ConfigError):
             mesh_sizes(bad, 8)
+    with pytest.raises(ConfigError, match=r"needs 12 devices, there are 8\n.*mesh.fsdp = 4 needs 8"):
+        mesh_sizes(MeshConfig(1, 6, 2), 8)
+    with pytest.raises(ConfigError, match=r"needs 15 devices, there are 8\n.*: set one axis to -1"):
+        mesh_sizes(MeshConfig(1, 5, 3), 8)

@@ -235,5 +235,5 @@ def test_chunk_and_accumulation_must_divide(prepared: Path, tmp_path: Path) -> N
 
 
 def test_too_little_disk_stops_before_the_first_step(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"GB free; the checkpoints of this run need .* GB"):
+    with pytest.raises(UserError, match=r"MB free; the checkpoints of this run need .* MB"):
         check_writable(tmp_path, 1 << 60)

@@ -7,6 +7,7 @@ the gradient flows back through the same reshard as a reduce-scatter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -108,7 +109,7 @@ def rows_by_index(x: jax.Array, order: jax.Array) -> jax.Array:
 def check_divides(
     model: Shape, sizes: Mapping[str, int], batch_size: int, tables: Mapping[str, int] | None = None
 ) -> None:
-    """Refuse a plan that does not divide, naming axis, number and the nearest mesh size that works.
+    """Refuse a plan that does not divide, naming axis, number and the nearest that works: a size of the axis, or a number of rows.
 
     Args:
         model: its dimensions.
@@ -129,11 +130,11 @@ def check_divides(
     ]
     for name, number, axis, size in demands:
         if number % size:
-            nearest = max(d for d in range(1, size + 1) if number % d == 0)
-            raise ConfigError(
-                f"{name} = {number} does not divide by the mesh axis {axis} = {size}",
-                remedy=f"the nearest {axis} size that divides {number} is {nearest}",
-            )
+            if name.startswith("train."):  # other rows are easier to have than other devices
+                remedy = f"the nearest number that does is {max(1, round(number / size)) * size}"
+            else:  # what also divides the axis leaves the other devices a place on another one
+                remedy = f"the nearest {axis} size that divides {number} is {math.gcd(number, size)}"
+            raise ConfigError(f"{name} = {number} does not divide by the mesh axis {axis} = {size}", remedy=remedy)
 
 
 def padded(count: int, multiple: int = 128) -> int:

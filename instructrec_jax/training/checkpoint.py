@@ -182,7 +182,7 @@ def _unwritable(folder: Path, needed_bytes: int) -> UserError | None:
     if free >= needed_bytes:
         return None
     return UserError(
-        f"{folder} has {free / 1e9:.2f} GB free; the checkpoints of this run need {needed_bytes / 1e9:.2f} GB",
+        f"{folder} has {free / 1e6:,.1f} MB free; the checkpoints of this run need {needed_bytes / 1e6:,.1f} MB",
         remedy="free some space, or lower train.keep",
     )
 

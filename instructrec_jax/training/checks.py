@@ -17,6 +17,7 @@ from instructrec_jax.models.adapters import Tree
 from instructrec_jax.models.heads import Output
 from instructrec_jax.models.parts import normal
 from instructrec_jax.models.sharding import RULES, gathered, lookup
+from instructrec_jax.training import hosts
 from instructrec_jax.training.step import Batch, batch_gradients, count_targets, head_losses, put_batch
 
 LENGTH = 16  # S
@@ -72,7 +73,10 @@ def _differences(mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
 
     with jax.set_mesh(mesh):
         batch = _batch(2 * rows // jax.process_count(), ids)
-        return differences(put_batch(batch, 1), put_batch(batch, 2))
+        given = put_batch(batch, 1), put_batch(batch, 2)
+        compiled = differences.lower(*given).compile()
+        hosts.meet("before the first collective")  # one process may have taken much longer to come here
+        return compiled(*given)
 
 
 def _batch(rows: int, ids: int) -> dict[str, np.ndarray]:

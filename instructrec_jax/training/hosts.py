@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import signal
@@ -18,6 +19,8 @@ from instructrec_jax.training import xla_flags
 PORT = 8476
 # A process that sends no heartbeat for so long is dead, and the others end too. $INSTRUCTREC_HEARTBEAT_SECONDS changes it.
 HEARTBEAT_SECONDS = 60
+_MEETING_SECONDS = 3600  # longer than any work that one process does for all
+_meetings = itertools.count()  # every process is at all of them, in one order
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # as JAX asks for
 
@@ -51,7 +54,8 @@ def start(*, preemption: bool = False) -> None:
         jax.distributed.initialize(
             **arguments,
             heartbeat_timeout_seconds=seconds,
-            # So long does a process that failed alone wait for the others before it ends, and they with it.
+            # So long does a process that failed alone wait for the others before it ends, and they with it. (Those that end
+            # well have met before.)
             shutdown_timeout_seconds=seconds,
         )
     except jax.errors.JaxRuntimeError as error:
@@ -168,6 +172,21 @@ def name() -> str:
     if jax is None or not jax.distributed.is_initialized() or jax.process_count() == 1:
         return ""
     return f"process {jax.process_index()} of {jax.process_count()}"
+
+
+def meet(where: str) -> None:
+    """Wait until every process of the run is here, however late it comes; one that dies or fails alone ends the waiting ones too.
+
+    Two other places where processes wait for each other lose patience with one that is only slow. JAX's exit aborts all of them after
+    ``HEARTBEAT_SECONDS``: also the first process, which may still be writing what a finished run has learnt. And on CPUs the first
+    collective between two processes fails after 30 s, a limit of Gloo's that cannot be set.
+    """
+    if not name():
+        return
+    from orbax.checkpoint import multihost
+
+    key = f"instructrec {where} {next(_meetings)}"
+    multihost.get_barrier_sync_fn()(key=key, timeout_ms=1000 * _MEETING_SECONDS)
 
 
 def alone(what: str) -> None:

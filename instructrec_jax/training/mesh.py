@@ -39,7 +39,13 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
             )
         sizes[free[0]] = devices // fixed
     elif fixed != devices:
-        raise ConfigError(f"the mesh {sizes} needs {fixed} devices, there are {devices}", remedy="set one axis to -1")
+        # With one axis changed: fsdp if that can be, for it costs the model nothing.
+        rest = {axis: fixed // size for axis, size in sizes.items()}
+        able = [axis for axis in ("fsdp", "replica", "tensor") if devices % rest[axis] == 0]
+        other = f"mesh.{able[0]} = {devices // rest[able[0]]} needs {devices}; or " if able else ""
+        raise ConfigError(
+            f"the mesh {sizes} needs {fixed} devices, there are {devices}", remedy=f"{other}set one axis to -1"
+        )
     return sizes
 
 
