@@ -27,7 +27,7 @@ from apache_beam.pvalue import AsSingleton, TaggedOutput  # pyright: ignore[repo
 
 from instructrec_jax import config as configs
 from instructrec_jax.config import Config
-from instructrec_jax.data import records, shards
+from instructrec_jax.data import records, shards, wire
 from instructrec_jax.data.features import UserFeatures
 from instructrec_jax.data.store import StoredSplit
 from instructrec_jax.files import write_json
@@ -76,7 +76,7 @@ class Render(beam.DoFn):
         made, kinds = [], Counter()
         for example in builder.stage(task.stage, self._plan):
             kinds[shards.aspects(example)] += 1
-            made.append(shards.serialise(example))
+            made.append(wire.serialise(example))
         words = builder.words.counts if isinstance(builder.words, TaughtWords) else Counter()
         counts = zip(_KINDS, (kinds, builder.written, builder.skipped, words, builder.drawn), strict=True)
         yield TaggedOutput("counts", Counter({(kind, name): n for kind, found in counts for name, n in found.items()}))

@@ -140,7 +140,7 @@ def test_two_items_in_a_question():
     made = render(template("pair.p1.b", "zh"), slots, films, titles)
     assert made.prompt_items == (2, 1, 0)
     with pytest.raises(ValueError, match="needs 2 candidates, not 3"):
-        render(template("pair.p1.a"), replace(slots, candidates=(0, 1, 2)), films, titles)
+        render(template("pair.p1.a"), slots._replace(candidates=(0, 1, 2)), films, titles)
 
 
 def test_answers_of_the_widenings():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -14,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instructrec_jax.data import records
+from instructrec_jax.data import records, shards, wire
 from instructrec_jax.data.records import Records
-from instructrec_jax.data.shards import Sorter, cuts, parse, place, serialise
+from instructrec_jax.data.shards import Sorter, cuts, place
+from instructrec_jax.data.wire import parse, serialise
 from instructrec_jax.errors import ConfigError, DataError
 from instructrec_jax.files import read_json, sha256, write_atomic, write_json
 from instructrec_jax.instructions.example import FEATURE_SLOT, ITEM_SLOT, Feature, InstructionExample
@@ -62,7 +62,7 @@ def write(folder: Path, stream=None, shard_records: int = 1000) -> dict:
     return records.write(stream or Numbered(20), folder, config_hash="abc", seed=7, shard_records=shard_records)
 
 
-def shards(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
     return sorted((folder / records.NAME / records.VERSION).glob("*.array_record*"))
 
 
@@ -92,6 +92,71 @@ def test_any_example_survives_a_flat_record(example):
     assert parse(serialise(example)) == example
 
 
+LONG = st.builds(
+    lambda example, items, words: example._replace(prompt_items=items, prompt=ITEM_SLOT * len(items) + words),
+    EXAMPLE,
+    st.lists(st.integers(0, 2**31 - 2), min_size=60, max_size=5000).map(tuple),
+    st.integers(0, 20_000).map("x".__mul__),
+)
+
+
+@given(EXAMPLE | LONG)
+def test_a_record_is_what_protobuf_makes_of_the_example(example):
+    """The bytes of ``tf.train.Example``, set field by field, in protobuf's own order."""
+    record = wire.message()()
+    feature = record.features.feature
+    for name in shards.WORDS:
+        feature[name].bytes_list.value.append(getattr(example, name).encode())
+    for name in shards.ITEMS:
+        feature[name].int64_list.value.extend(getattr(example, name))
+    for name in shards.NUMBERS:
+        feature[name].int64_list.value.append(int(getattr(example, name)))
+    feature["feature_index"].int64_list.value.extend([f.index for f in example.features])
+    feature["feature_value"].float_list.value.extend([f.value for f in example.features])
+    for name in (*shards.ITEMS, "feature_index"):
+        feature[name].int64_list.SetInParent()
+    feature["feature_value"].float_list.SetInParent()
+    assert serialise(example) == record.SerializeToString(deterministic=True)
+    assert parse(serialise(example)) == example
+
+
+@given(EXAMPLE, st.integers(0), st.sampled_from(["turned", "more", "twice", "unpacked"]))
+def test_other_layouts_are_read_too(example, at, change):
+    """Fields in another order, one more, one twice (the last one counts), lists that are not packed."""
+    features = wire.message().FromString(serialise(example)).features.feature
+    fields = []
+    for name in features:
+        one = wire.message()()
+        one.features.feature[name].CopyFrom(features[name])
+        fields.append(one.features.SerializeToString())
+    at %= len(fields)
+    if change == "turned":
+        fields = fields[at:] + fields[:at]
+    elif change == "more":
+        one = wire.message()()
+        one.features.feature["other"].int64_list.value.append(7)
+        fields.insert(at, one.features.SerializeToString())
+    elif change == "twice":
+        one = wire.message()()
+        one.features.feature["user"].int64_list.value.append(example.user + 1)
+        fields.insert(0, one.features.SerializeToString())
+    else:
+        name = b"\x0a\x0cprompt_items\x12"
+        values = b"".join(b"\x08" + wire._varint(n) for n in example.prompt_items)
+        for size in (1, 0):
+            values = (b"\x1a" if size else name) + wire._varint(len(values)) + values
+        fields = [f for f in fields if name not in f] + [b"\x0a" + wire._varint(len(values)) + values]
+    body = b"".join(fields)
+    assert parse(b"\x0a" + wire._varint(len(body)) + body) == example
+
+
+def test_places_are_those_of_tfds():
+    from tensorflow_datasets.core.hashing import Hasher
+
+    numbers = [*range(200), 10**6, 2**40]
+    assert [place(n) for n in numbers] == [Hasher("train").hash_key(n).to_bytes(16, "big") for n in numbers]
+
+
 @settings(max_examples=4)
 @given(st.lists(EXAMPLE, min_size=1, max_size=30))
 def test_any_examples_survive_the_disk(tmp_path_factory, examples):
@@ -103,15 +168,15 @@ def test_any_examples_survive_the_disk(tmp_path_factory, examples):
     assert sorted((read[i] for i in range(len(read))), key=key) == sorted(examples, key=key)
 
 
-def test_every_example_is_there_once_over_several_shards(finished):
+def test_every_example_is_there_once_over_several_files_of(finished):
     read = Records(finished)
-    assert len(shards(finished)) == 3
+    assert len(files_of(finished)) == 3
     assert sorted(read[i].user for i in range(len(read))) == list(range(50))
     assert all(read[i] == numbered(read[i].user) for i in range(len(read)))
 
 
 @pytest.mark.parametrize(("count", "expected"), [(3, 50), (60, 5), (20, 0)])
-def test_a_wrong_expectation_only_changes_the_number_of_shards(tmp_path, count, expected):
+def test_a_wrong_expectation_only_changes_the_number_of_files_of(tmp_path, count, expected):
     manifest = write(tmp_path / "r", Numbered(count, expected), shard_records=20)
     read = Records(tmp_path / "r")
     assert manifest["records"] == len(read) == count
@@ -121,7 +186,7 @@ def test_a_wrong_expectation_only_changes_the_number_of_shards(tmp_path, count, 
 @pytest.mark.parametrize(
     ("size", "message"), [(1, "shard_records = 1 asks for 9 shards of 3"), (0, "shard_records = 0")]
 )
-def test_too_small_shards(tmp_path, size, message):
+def test_too_small_files_of(tmp_path, size, message):
     with pytest.raises(ConfigError, match=message):
         write(tmp_path / "r", Numbered(3, 9), shard_records=size)
     assert not list(tmp_path.iterdir())
@@ -129,7 +194,7 @@ def test_too_small_shards(tmp_path, size, message):
 
 def test_the_same_examples_give_the_same_bytes(finished, tmp_path):
     write(tmp_path / "r", Numbered(50), shard_records=20)
-    assert {p.name: sha256(p) for p in shards(tmp_path / "r")} == {p.name: sha256(p) for p in shards(finished)}
+    assert {p.name: sha256(p) for p in files_of(tmp_path / "r")} == {p.name: sha256(p) for p in files_of(finished)}
 
 
 def test_the_manifest_says_what_is_there(finished):
@@ -137,9 +202,9 @@ def test_the_manifest_says_what_is_there(finished):
     assert manifest == records.verify(finished) == Records(finished).manifest
     assert manifest["records"] == 50 and manifest["seed"] == 7 and manifest["config_hash"] == "abc"
     assert manifest["records_by_aspect"] == {"P0,I0,T2": 17, "P1,I0,T2": 17, "P2,I0,T2": 16}
-    assert manifest["shards"] == {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in shards(finished)}
+    assert manifest["shards"] == {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files_of(finished)}
     names = set(manifest["schema"]["featuresDict"]["features"])
-    assert names == {*vars(numbered(0)), "feature_index", "feature_value"} - {"features"}
+    assert names == {*InstructionExample._fields, "feature_index", "feature_value"} - {"features"}
 
 
 def test_repr_holds_no_address(finished):
@@ -175,7 +240,7 @@ def test_writing_and_reading_import_no_tensorflow(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from instructrec_jax.data import records
+from instructrec_jax.data import records, shards, wire
 from tests.test_records import Numbered
 records.write(Numbered(3), Path(sys.argv[1]), config_hash="x", seed=0, shard_records=2)
 assert records.Records(sys.argv[1])[0].prompt
@@ -209,7 +274,7 @@ print(sorted(set(sys.modules) - before))
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("keep", [0, 100, -1])
 def test_a_truncated_shard_is_named_with_both_sizes(copy, which, keep):
-    file = shards(copy)[which]
+    file = files_of(copy)[which]
     content = file.read_bytes()
     file.write_bytes(content[:keep])
     with pytest.raises(DataError) as caught:
@@ -221,7 +286,7 @@ def test_a_truncated_shard_is_named_with_both_sizes(copy, which, keep):
 @settings(max_examples=10)
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), which=st.integers(0, 2))
 def test_a_flipped_bit_anywhere_is_named_with_both_sums(finished, where, bit, which):
-    file = shards(finished)[which]
+    file = files_of(finished)[which]
     content = file.read_bytes()
     at = int(where * len(content))
     before = sha256(file)
@@ -236,7 +301,7 @@ def test_a_flipped_bit_anywhere_is_named_with_both_sums(finished, where, bit, wh
 
 
 def test_a_missing_shard_is_named(copy):
-    file = shards(copy)[1]
+    file = files_of(copy)[1]
     file.unlink()
     with pytest.raises(DataError, match="the shard is missing") as caught:
         Records(copy)
@@ -295,7 +360,7 @@ def test_an_interrupted_write_keeps_the_older_records(copy):
 def test_a_kill_while_writing_leaves_no_manifest(tmp_path):
     code = """
 import os, signal, sys
-from instructrec_jax.data import records
+from instructrec_jax.data import records, shards, wire
 from tests.test_records import numbered
 def stream():
     for n in range(5):
@@ -314,7 +379,7 @@ records.write(stream, sys.argv[1], config_hash="x", seed=0, shard_records=2)
 def test_writing_again_replaces_everything(copy):
     manifest = write(copy, Numbered(4))
     assert len(Records(copy)) == manifest["records"] == 4
-    assert [p.name for p in shards(copy)] == list(manifest["shards"])
+    assert [p.name for p in files_of(copy)] == list(manifest["shards"])
 
 
 def test_no_example_is_an_error(tmp_path):
@@ -340,7 +405,7 @@ def test_every_field_of_an_example_is_recorded():
     changed = {"template": "x", "language": "zh", "preference": "P9", "intention": "I9", "task": "T9", "metric": "x",
                "user": 99, "prompt": "x", "prompt_items": (9,), "answer": "x", "answer_items": (9,), "target": 9,
                "features": (Feature(1, 0.5),), "candidates": (9,), "dense": True, "dense_from": 9}  # fmt: skip
-    assert set(changed) == {f.name for f in dataclasses.fields(InstructionExample)}
+    assert set(changed) == set(InstructionExample._fields)
     for name, value in changed.items():
-        example = dataclasses.replace(numbered(1), **{name: value})
+        example = numbered(1)._replace(**{name: value})
         assert parse(serialise(example)) == example != numbered(1)

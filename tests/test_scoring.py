@@ -44,8 +44,6 @@ def prompts(s: run.Session, count: int) -> list:
 def test_likelihood_equals_one_candidate_at_a_time(parts: tuple) -> None:
     """Each candidate's full text in a row of its own, without cache or packing."""
     s, params, scorer = parts
-    import dataclasses
-
     model = LanguageModel(s.arch, s.sizes, s.config.model)
     asked = prompts(s, 5)
     wanted = [[3, 50, 7, 3], [], list(range(20, 31)), [1], [2, 9]]
@@ -54,7 +52,7 @@ def test_likelihood_equals_one_candidate_at_a_time(parts: tuple) -> None:
         assert len(scores) == len(candidates)
         for item, score in zip(candidates, scores):
             title = s.prepared.data.catalogue.titles[item]
-            arrays = encode_example(dataclasses.replace(prompt, answer=title), s.prepared.text)
+            arrays = encode_example(prompt._replace(answer=title), s.prepared.text)
             row = pad_to([arrays], 8, len(arrays["tokens"]))
             row["positions"] = np.tile(np.arange(len(arrays["tokens"]), dtype=np.int32), (8, 1))
             row["segment_ids"] = np.ones_like(row["positions"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def text(folder) -> Text:
 
 def example(prompt: str, items: tuple[int, ...] = (), **fields: Any) -> InstructionExample:
     base = InstructionExample("seq.test", "en", "P1", "I0", "T2", "next-item", 0, prompt, items, "")
-    return dataclasses.replace(base, **fields)
+    return base._replace(**fields)
 
 
 # ------------------------------------------------------------------------------------------------------- positions

@@ -173,7 +173,8 @@ class UserFeatures:
 
     def tokens(self, user: int) -> tuple[Feature, ...]:
         """The feature tokens of one user."""
-        return tuple(Feature(int(i), float(v)) for i, v in zip(self.index[user], self.value[user]) if i >= 0)
+        index, value = self.index[user].tolist(), self.value[user].tolist()
+        return tuple([Feature(i, v) for i, v in zip(index, value) if i >= 0])
 
 
 # A column of codes with more levels than this says who somebody is rather than what they are like (zip codes, names).

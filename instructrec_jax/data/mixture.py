@@ -136,8 +136,7 @@ def own_users(users: UserFeatures, space: Space) -> UserFeatures:
 def shifted(example: InstructionExample, space: Space) -> InstructionExample:
     """A set's example with the whole's items, users and features."""
     first = space.items[0]
-    return replace(
-        example,
+    return example._replace(
         user=example.user + space.users[0] if example.user >= 0 else -1,
         target=example.target + first if example.target >= 0 else -1,
         prompt_items=tuple(i + first for i in example.prompt_items),

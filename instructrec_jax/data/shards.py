@@ -1,105 +1,29 @@
 """Serialised records in an order by hash, cut into ArrayRecord shards: the same files from any engine.
 
 The order and the cuts are those of TFDS's own writer: a record's place is the MD5 of its number in the stream, salted with the name
-of the split, and n records in s shards are cut at ``round(n i / s)``. A record is a ``tf.train.Example``, fields in sorted order.
+of the split, and n records in s shards are cut at ``round(n i / s)``. What is in a record: ``data/wire.py``.
 """
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import json
-import operator
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 
-from instructrec_jax.instructions.example import Feature, InstructionExample
+from instructrec_jax.instructions.example import InstructionExample
 
 NAME, VERSION, SPLIT = "instructions", "1.0.0", "train"
-_SAME = ("template", "language", "preference", "intention", "task", "metric")
-WORDS = (*_SAME, "prompt", "answer")
+WORDS = ("template", "language", "preference", "intention", "task", "metric", "prompt", "answer")
 ITEMS = ("prompt_items", "answer_items", "candidates")
 NUMBERS = ("user", "target", "dense", "dense_from")
 _HEAD = struct.Struct("=16sI")  # of a record on its way: place, bytes
 _BUFFER = 1 << 16  # bytes gathered for each bucket before they are written
-
-
-# -------------------------------------------------------------------------------------------------------------- records
-
-
-def serialise(example: InstructionExample) -> bytes:
-    """The example as TFDS would write it."""
-    record = _message()()
-    record.CopyFrom(_of_template(*_shared(example)))
-    feature = record.features.feature
-    feature["prompt"].bytes_list.value.append(example.prompt.encode())
-    feature["answer"].bytes_list.value.append(example.answer.encode())
-    feature["user"].int64_list.value.append(int(example.user))
-    feature["target"].int64_list.value.append(int(example.target))
-    feature["dense"].int64_list.value.append(int(example.dense))
-    feature["dense_from"].int64_list.value.append(int(example.dense_from))
-    if example.prompt_items:
-        feature["prompt_items"].int64_list.value.extend(example.prompt_items)
-    if example.answer_items:
-        feature["answer_items"].int64_list.value.extend(example.answer_items)
-    if example.candidates:
-        feature["candidates"].int64_list.value.extend(example.candidates)
-    if example.features:
-        feature["feature_index"].int64_list.value.extend([f.index for f in example.features])
-        feature["feature_value"].float_list.value.extend([f.value for f in example.features])
-    return record.SerializeToString(deterministic=True)
-
-
-@functools.cache
-def _message() -> Any:
-    """The class of a record. Looking it up costs as much as filling a field."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    return tf_example_pb2.Example
-
-
-_shared = operator.attrgetter(*_SAME)
-
-
-@functools.lru_cache(maxsize=4096)
-def _of_template(*words: str) -> Any:
-    """What the examples of a template have in common, with the lists empty, but of their kind."""
-    record = _message()()
-    feature = record.features.feature
-    for name, value in zip(_SAME, words, strict=True):
-        feature[name].bytes_list.value.append(value.encode())
-    for name in (*ITEMS, "feature_index"):
-        feature[name].int64_list.SetInParent()
-    feature["feature_value"].float_list.SetInParent()
-    return record
-
-
-def parse(record: bytes) -> InstructionExample:
-    """The inverse of ``serialise``."""
-    feature = _message().FromString(record).features.feature
-    index = feature["feature_index"].int64_list.value
-    return InstructionExample(
-        template=feature["template"].bytes_list.value[0].decode(),
-        language=feature["language"].bytes_list.value[0].decode(),
-        preference=feature["preference"].bytes_list.value[0].decode(),
-        intention=feature["intention"].bytes_list.value[0].decode(),
-        task=feature["task"].bytes_list.value[0].decode(),
-        metric=feature["metric"].bytes_list.value[0].decode(),
-        user=feature["user"].int64_list.value[0],
-        prompt=feature["prompt"].bytes_list.value[0].decode(),
-        prompt_items=tuple(feature["prompt_items"].int64_list.value),
-        answer=feature["answer"].bytes_list.value[0].decode(),
-        answer_items=tuple(feature["answer_items"].int64_list.value),
-        features=tuple(map(Feature, index, feature["feature_value"].float_list.value)) if index else (),
-        target=feature["target"].int64_list.value[0],
-        candidates=tuple(feature["candidates"].int64_list.value),
-        dense=bool(feature["dense"].int64_list.value[0]),
-        dense_from=feature["dense_from"].int64_list.value[0],
-    )
 
 
 def aspects(example: InstructionExample) -> str:
@@ -110,16 +34,14 @@ def aspects(example: InstructionExample) -> str:
 # ---------------------------------------------------------------------------------------------------------------- order
 
 
-@functools.cache
-def _hasher() -> Callable[[int], int]:
-    from tensorflow_datasets.core import hashing
-
-    return hashing.Hasher(SPLIT).hash_key
+_salted = hashlib.md5(SPLIT.encode())
 
 
 def place(number: int) -> bytes:
-    """16 bytes that sort records as TFDS does, of a record's number in the stream."""
-    return _hasher()(number).to_bytes(16, "big")
+    """16 bytes that sort records as TFDS does (``Hasher(SPLIT)``), of a record's number in the stream."""
+    at = _salted.copy()
+    at.update(b"%d" % number)
+    return at.digest()
 
 
 def bucket(at: bytes, buckets: int) -> int:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -40,6 +40,9 @@ class Text:
     before: tuple[int, ...] = (1,)  # a prompt starts with these: <bos>, or the head of a chat template
     after: tuple[int, ...] = ()  # and ends with these: where the assistant's turn begins
     end: tuple[int, ...] = (2,)  # an answer ends with these
+    layouts: dict[tuple, Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )  # of data/tokenise.py
     _known: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def encode(self, text: str) -> list[int]:
@@ -50,7 +53,8 @@ class Text:
         """The same as an array, which is not to be written to."""
         ids = self._known.get(text)  # templates and wishes say the same again and again
         if ids is None:
-            ids = np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+            # "fast": without the characters that each token stands for, which nobody asks for here
+            ids = np.array(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
             if len(text) <= _SHORT:
                 ids.flags.writeable = False
                 if len(self._known) >= _KNOWN:

@@ -14,7 +14,7 @@ from instructrec_jax.config import InstructionConfig
 from instructrec_jax.data.schema import TRAIN, SplitData
 from instructrec_jax.instructions.aspects import INTENTIONS, PREFERENCES
 from instructrec_jax.instructions.example import Feature, InstructionExample
-from instructrec_jax.instructions.keyed import fraction, key, keys, mix, pick
+from instructrec_jax.instructions.keyed import fraction, key, keys, mix, mix_array, pick
 from instructrec_jax.instructions.negatives import listed_negatives, sample_negatives
 from instructrec_jax.instructions.packs import Domain
 from instructrec_jax.instructions.pauses import Pauses
@@ -190,36 +190,49 @@ class Builder(Prompter):
         groups = [group for group in groups if group]
         if not groups:
             return
-        for user in range(self.data.num_users):
-            start = int(self.data.offsets[user])
-            features = self.features(user) if self.features else ()
-            for first, end, dense_from in self.windows(user):
-                items: list[int] = self.data.item[start + first : start + end].tolist()
-                target = items.pop() if titles_only else -1
-                if not items:
-                    self.skipped["sequential: one item has no history"] += 1
-                    continue
-                number = key(self.config.seed, _SEQUENTIAL, self.data.first_user + user, first)
-                pauses: Sequence[Feature | None] = ()
-                if fraction(key(number, _SHOWN_PAUSES)) < _SHOW_FEATURES:
-                    pauses = self.pauses_of(user, start + first, start + first + len(items), request=titles_only)
-                for copy in range(self.config.copies):
-                    group = groups[(number + copy) % len(groups)]
-                    wording = group[(mix(number) + copy // len(groups)) % len(group)]
-                    new = 0 if self.config.repeat_targets else dense_from
-                    # The first title follows nothing: only its own frequency could be learnt.
-                    learnt = max(new, 1) if titles_only and self.config.dense_titles else -1
-                    slots = Slots(history=items, features=features, answer=target, learnt_from=learnt, pauses=pauses)
-                    self.written["sequential"] += 1
-                    yield self.example(
-                        wording,
-                        slots,
-                        user=user,
-                        target=target,
-                        dense=not titles_only,
-                        dense_from=0 if titles_only else new,
-                        about_user=fraction(key(number, copy)) < _SHOW_FEATURES,
-                    )
+        shown = -1
+        for (user, first, end, dense_from), number, choice, draws in self._window_keys():
+            if user != shown:
+                shown, start = user, int(self.data.offsets[user])
+                events: list[int] = self.data.item[start : start + int(self.train_count[user])].tolist()
+                features = self.features(user) if self.features else ()
+            items = events[first:end]
+            target = items.pop() if titles_only else -1
+            if not items:
+                self.skipped["sequential: one item has no history"] += 1
+                continue
+            new = 0 if self.config.repeat_targets else dense_from
+            # The first title follows nothing: only its own frequency could be learnt.
+            learnt = max(new, 1) if titles_only and self.config.dense_titles else -1
+            pauses: Sequence[Feature | None] = ()
+            if self.pauses and fraction(key(number, _SHOWN_PAUSES)) < _SHOW_FEATURES:
+                pauses = self.pauses_of(user, start + first, start + first + len(items), request=titles_only)
+            slots = Slots(history=items, features=features, answer=target, learnt_from=learnt, pauses=pauses)
+            for copy, draw in enumerate(draws):
+                group = groups[(number + copy) % len(groups)]
+                self.written["sequential"] += 1
+                yield self.example(
+                    group[(choice + copy // len(groups)) % len(group)],
+                    slots,
+                    user=user,
+                    target=target,
+                    dense=not titles_only,
+                    dense_from=0 if titles_only else new,
+                    about_user=fraction(draw) < _SHOW_FEATURES,
+                )
+
+    def _window_keys(self) -> Iterator[tuple[tuple[int, int, int, int], int, int, list[int]]]:
+        """((user, first, end, dense_from), key, the key after it, ``key(key, copy)`` per copy) of all windows, some users at a time."""
+        for begun in range(0, self.data.num_users, _CHUNK):
+            users = range(begun, min(begun + _CHUNK, self.data.num_users))
+            windows = [(user, *window) for user in users for window in self.windows(user)]
+            if not windows:
+                continue
+            user, first = np.asarray(windows).T[:2]
+            number = keys(self.config.seed, _SEQUENTIAL, self.data.first_user + user, first)
+            after = mix_array(number)
+            draws = mix_array(after[:, None] ^ mix_array(np.arange(self.config.copies, dtype=np.uint64)))
+            yield from zip(windows, number.tolist(), after.tolist(), draws.tolist(), strict=True)
 
     # --------------------------------------------------------------------------------------------------- other families
 

@@ -72,14 +72,16 @@ class Facets:
     def title_words(self) -> list[tuple[str, ...]]:
         """Words of the title that at least two other titles have, but no more than a fifth of all, and that are not
         its brand; the most common first, as most titles write them."""
-        forms: dict[str, Counter[str]] = {}
+        forms: dict[str, dict[str, int]] = {}
         per_item: list[dict[str, None]] = []
         for title, brand in zip(self.titles, self.brands, strict=True):
-            skipped = _COMMON.union(brand.lower().split())
-            words = [w for w in _WORD.findall(_YEAR.sub("", title)) if w.lower() not in skipped]
-            per_item.append(dict.fromkeys(w.lower() for w in words))
-            for word in words:
-                forms.setdefault(word.lower(), Counter())[word] += 1
+            skipped = _COMMON.union(brand.lower().split()) if brand else _COMMON
+            words = [(w.lower(), w) for w in _WORD.findall(_YEAR.sub("", title))]
+            words = [(low, w) for low, w in words if low not in skipped]
+            per_item.append(dict.fromkeys([low for low, _ in words]))
+            for low, word in words:
+                seen = forms.setdefault(low, {})
+                seen[word] = seen.get(word, 0) + 1
         count = Counter(w for words in per_item for w in words)
         written = {w: min(seen, key=lambda s: (-seen[s], s)) for w, seen in forms.items()}
         most = max(3, len(per_item) // 5)

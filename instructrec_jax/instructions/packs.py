@@ -26,7 +26,9 @@ _STRIP = str.maketrans("", "", ITEM_SLOT + FEATURE_SLOT + TITLE_OPEN + TITLE_CLO
 
 def clean_text(text: str) -> str:
     """User text as it may stand in a prompt: without the slot characters, white space as single spaces."""
-    return " ".join(text.translate(_STRIP).split())
+    if not text.isascii():
+        text = text.translate(_STRIP)
+    return " ".join(text.split())
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -16,8 +15,7 @@ ItemsAs = Literal["token", "title", "both"]
 ANSWERED_TITLES = 3  # newest items of a history that an answer names
 
 
-@dataclass(frozen=True)
-class Slots:
+class Slots(NamedTuple):
     """What fills the slots of a template. Items are catalogue indices."""
 
     history: Sequence[int] = ()  # newest last
@@ -71,13 +69,10 @@ def render(
     Raises:
         ValueError: a slot that the template needs is empty, or a title holds a slot character.
     """
-    phrases = load_phrases(template.language).one
     items: list[int] = []
     features: list[Feature] = []
     parts: list[str] = []
-    prompt, answer = compiled(template, domain)
-    if about_user and slots.features and "features" not in template.reads:
-        prompt = (*_words(phrases["about_user"], domain, template.language), *prompt)
+    prompt, answer, phrases = compiled(template, domain, about_user and bool(slots.features))
     shown_as = candidates_as or items_as
     for slot, words in prompt:
         if not slot:
@@ -137,17 +132,23 @@ def render(
     return Rendered(text, prompt_items, answer_text, answer_items, tuple(features))
 
 
-@lru_cache(maxsize=4096)
-def compiled(template: Template, domain: Domain) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-    """Prompt and answer as pieces ``(slot, following words)`` or ``("", words)``, domain words filled in."""
-    return (
-        _words(template.prompt, domain, template.language),
-        _words(template.answer, domain, template.language),
-    )
+Pieces = tuple[tuple[str, str], ...]  # (slot, following words) or ("", words)
 
 
 @lru_cache(maxsize=4096)
-def _words(text: str, domain: Domain, language: str) -> tuple[tuple[str, str], ...]:
+def compiled(template: Template, domain: Domain, about_user: bool = False) -> tuple[Pieces, Pieces, Mapping[str, str]]:
+    """Prompt and answer in pieces, domain words filled in, and the single phrases of the language.
+
+    ``about_user``: features stand before a prompt that has no slot for them.
+    """
+    phrases = load_phrases(template.language).one
+    prompt = _words(template.prompt, domain, template.language)
+    if about_user and "features" not in template.reads:
+        prompt = (*_words(phrases["about_user"], domain, template.language), *prompt)
+    return prompt, _words(template.answer, domain, template.language), phrases
+
+
+def _words(text: str, domain: Domain, language: str) -> Pieces:
     filled = text
     for slot, word in word_slots(domain, language).items():
         filled = filled.replace(f"{{{slot}}}", word)

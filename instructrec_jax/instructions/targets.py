@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt64
 
-from instructrec_jax.data.schema import TRAIN, SplitData
-from instructrec_jax.instructions.keyed import keys
+from instructrec_jax.data.schema import TRAIN, SplitData, user_ranges
+from instructrec_jax.instructions.keyed import keys, mix_array
 
 Parts = Callable[[], Iterable[SplitData]]  # the users of a data set, part by part; the same on every call
 
@@ -45,15 +45,16 @@ class Plan:
 def stage_keys(
     seed: int, stage: Stage, part: SplitData
 ) -> Iterator[tuple[Int[np.ndarray, " n"], UInt64[np.ndarray, " n"]]]:
-    """(event indices, their keys) of the events of a part that a stage may take, in chunks."""
-    for start in range(0, len(part.item), _CHUNK):
-        stop = min(start + _CHUNK, len(part.item))
-        event = np.arange(start, stop)
-        user = np.searchsorted(part.offsets, event, side="right") - 1
-        ordinal = event - part.offsets[user]
-        pool = (part.split[start:stop] == TRAIN) & (ordinal >= stage.first)
-        event, user, ordinal = event[pool], user[pool], ordinal[pool]
-        yield event, keys(seed, stage.number, stage.turn, user + part.first_user, ordinal)
+    """(event indices, their keys) of the events of a part that a stage may take, in chunks of whole users."""
+    for first, last in user_ranges(part.offsets, _CHUNK):
+        start, stop = part.offsets[first], part.offsets[last]
+        count = np.diff(part.offsets[first : last + 1])
+        # What the events of a user have in common is hashed once, and so is every place in a history.
+        of_user = keys(seed, stage.number, stage.turn, np.arange(first, last) + part.first_user)
+        of_place = mix_array(np.arange(count.max(initial=0), dtype=np.uint64))
+        ordinal = np.arange(start, stop) - np.repeat(part.offsets[first:last], count)
+        pool = np.flatnonzero((part.split[start:stop] == TRAIN) & (ordinal >= stage.first))
+        yield pool + start, mix_array(np.repeat(of_user, count)[pool] ^ of_place[ordinal[pool]])
 
 
 def targets(seed: int, stage: Stage, part: SplitData, most: int = 0) -> Int[np.ndarray, " targets"]:

@@ -43,6 +43,10 @@ class Template:
     held_out: bool = False  # never trained on
     widening: str = ""  # out of WIDENINGS; "" = the plain task
 
+    def __hash__(self) -> int:
+        """Equal templates have the same id and language; to hash every field for each example would take longer than to fill it in."""
+        return hash((self.language, self.id))
+
     @property
     def aspects(self) -> tuple[str, str, str]:
         """(P, I, T)."""
@@ -58,7 +62,7 @@ class Template:
         """The slots of the answer."""
         return frozenset(SLOT.findall(self.answer))
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """Task family: sequential, search (both answered by an item), describe, rerank, pairwise, pointwise (by words), or
         the widening: turn_around, relatedness, reasoning."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from typing import Self
 
 import numpy as np
@@ -23,6 +23,7 @@ from instructrec_jax.instructions.packs import Domain, load_phrases
 _HALF_LIFE = 30  # events after which an event of the history counts half
 _DISLIKED = 0.25  # weight of events rated below the history's own mean
 _CLEAR = 0.5  # share of the history that a decade needs to be worth a word
+_WISHES = 1 << 14  # items whose specific wish is kept: popular ones are wished for again and again
 _FACETS = 3  # most labels in one sentence
 
 
@@ -33,6 +34,8 @@ class Words:
         self._data, self.domain, self._seed, self._length = data, domain, seed, history_items
         self.facets = Facets(data.catalogue, domain)
         self._damping: dict[str, float] = {}
+        self._weights: list[float] = (0.5 ** (np.arange(history_items - 1, -1, -1) / _HALF_LIFE)).tolist()
+        self._specific = lru_cache(_WISHES)(self._specific_words)
 
     @cached_property
     def _tags(self) -> tuple[dict[int, list[str]], dict[tuple[int, int], list[str]]]:
@@ -53,24 +56,24 @@ class Words:
         """
         start = max(int(self._data.offsets[user]), end - self._length)
         items: list[int] = self._data.item[start:end].tolist()
-        weight = 0.5 ** (np.arange(len(items) - 1, -1, -1) / _HALF_LIFE)
+        weights = self._weights[self._length - len(items) :]
         if self._data.rating is not None and len(items):
             rating = np.asarray(self._data.rating[start:end], np.float64)
             known = rating[~np.isnan(rating)]
             if len(known):  # an unknown rating compares as not below
-                weight = np.where(rating < known.mean(), weight * _DISLIKED, weight)
-        weights: list[float] = weight.tolist()
+                below = (rating < known.mean()).tolist()
+                weights = [w * _DISLIKED if low else w for w, low in zip(weights, below)]
         person = self._data.first_user + user
         number = mix(key(self._seed, person, end - int(self._data.offsets[user])))
         phrases, facets = load_phrases(language), self.facets
 
         what = ""
         for frame, slot, per_item in (
-            ("labelled", "labels", lambda i: facets.labels[i]),
+            ("labelled", "labels", facets.labels.__getitem__),
             ("branded", "brands", lambda i: (facets.brands[i],) if facets.brands[i] else ()),
             ("worded", "words", lambda i: facets.title_words[i][:_FACETS]),
         ):
-            top = self._top((per_item(i) for i in items), weights, 2 + number % 2, often=frame == "worded")
+            top = self._top([per_item(i) for i in items], weights, 2 + number % 2, often=frame == "worded")
             if top:
                 shown = [
                     self._quoted(w, language) if frame == "worded" else self._label(w, language, frame) for w in top
@@ -79,7 +82,7 @@ class Words:
                 break
 
         own = self._tags[1]
-        tags = dict.fromkeys(t for i in reversed(items) for t in own.get((person, i), ()))
+        tags = dict.fromkeys([t for i in reversed(items) for t in own.get((person, i), ())]) if own else {}
         said = self._join([self._quoted(t, language) for t in list(tags)[:2]], language)
         if not what:
             return self._fill(phrases.one["taste_tags_only"], language, tags=said) if said else None
@@ -115,12 +118,18 @@ class Words:
                 return self._fill(pick(phrases.many["vague_word"], frame_key), language, word=word)
             return None
 
+        values = self._specific(target, language)
+        return pick(phrases.many["specific"], number).format_map(values) if values else None
+
+    def _specific_words(self, target: int, language: str) -> dict[str, str]:
+        """What fills the frames of a specific wish for an item; nothing if the data says nothing of it."""
+        phrases, facets = load_phrases(language), self.facets
         labels = [self._label(x, language, "labelled") for x in facets.labels[target][:_FACETS]]
         words = [] if labels else list(facets.title_words[target][:2])
         decade, brand = facets.decades[target], facets.brands[target]
         limits = facets.limits(target, language)[:_FACETS]
         if not (labels or words or brand or limits):
-            return None
+            return {}
         terse = [*labels, *words]
         if decade:
             terse.append(phrases.one["terse_decade"].format(decade=decade))
@@ -136,25 +145,25 @@ class Words:
             )
         else:
             what = named["nouns"]
-        return self._fill(
-            pick(phrases.many["specific"], number),
-            language,
-            terse=phrases.one["list_comma"].join(terse),
-            what=what,
-            when=phrases.one["specific_when"].format(decade=decade) if decade else "",
-            brand=phrases.one["specific_brand"].format(brand=brand) if brand else "",
-            limits="".join(phrases.one["specific_limit"].format(limit=limit) for limit in limits),
-        )
+        return {
+            **named,
+            "terse": phrases.one["list_comma"].join(terse),
+            "what": what,
+            "when": phrases.one["specific_when"].format(decade=decade) if decade else "",
+            "brand": phrases.one["specific_brand"].format(brand=brand) if brand else "",
+            "limits": "".join(phrases.one["specific_limit"].format(limit=limit) for limit in limits),
+        }
 
     # ------------------------------------------------------------------------------------------------------ small parts
 
-    def _top(self, facets: Iterable[Sequence[str]], weights: Sequence[float], n: int, *, often: bool) -> list[str]:
+    def _top(self, facets: Sequence[Sequence[str]], weights: Sequence[float], n: int, *, often: bool) -> list[str]:
         """The ``n`` heaviest facets, damped by how common they are in the catalogue; ``often``: twice if any is."""
-        facets = list(facets)
         total: dict[str, float] = {}
         for values, weight in zip(facets, weights):
             for value in values:
-                total[value] = total.get(value, 0.0) + weight
+                total[value] = total[value] + weight if value in total else weight
+        if not total:
+            return []
         if often:
             times = Counter(itertools.chain.from_iterable(facets))
             if any(t > 1 for t in times.values()):
@@ -171,8 +180,9 @@ class Words:
 
     def _decade(self, items: Sequence[int], weights: Sequence[float]) -> int:
         total: dict[int, float] = {}
+        decades = self.facets.decades
         for item, weight in zip(items, weights):
-            decade = self.facets.decades[item]
+            decade = decades[item]
             total[decade] = total.get(decade, 0.0) + weight
         best = max(total, key=lambda d: (total[d], d), default=0)
         return best if best and total[best] >= _CLEAR * sum(weights) else 0

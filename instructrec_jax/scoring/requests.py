@@ -174,7 +174,7 @@ class Reader:
         line = self._phrases["label_line"]
         lines = [line.format(label=labels[place][0], title=shown[c]) for place, c in enumerate(order)]
         text = ready.prompt.prompt + self._phrases["label_list"].replace("{list}", " ".join(lines))
-        return replace(ready.prompt, prompt=text), [labels[place][1] for place in range(len(order))]
+        return ready.prompt._replace(prompt=text), [labels[place][1] for place in range(len(order))]
 
     def labels(self) -> list[tuple[str, int]]:
         """Letters that are one token, with it, no two the same."""

@@ -1,0 +1,304 @@
+"""Instruction examples as bytes: a ``tf.train.Example``, fields in the order that protobuf gives them for TFDS's writer.
+(Sorted by name; a name that begins with another one comes before that.)
+
+Records are made and read by the million, and most of each is the same as in others: the words of a template, empty lists, "not dense".
+So bytes are put together from fields that are made once (``serialise``), and a record is cut into runs of fields, most of which were
+met before (``parse``). Whatever is not laid out as here (another order, a field more) is left to protobuf, as is every run that is
+new. Long runs are not kept: memory does not grow with the data.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from instructrec_jax.instructions.example import Feature, InstructionExample
+
+_MOST_BITS = (1 << 64) - 1
+_FIELD, _VALUE, _INTEGERS = 0x0A, 0x12, 0x1A  # tags: a field, its value in it, a list of integers in that
+_SHORT = 512  # bytes of a run, or characters of a text, that is worth keeping
+_KEPT = 1 << 13  # how many of each kind
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def _varint(number: int) -> bytes:
+    """Seven bits to a byte, the lowest first; negative numbers as of 64 bits."""
+    number &= _MOST_BITS
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+_varints = {number: _varint(number) for number in range(1 << 10)}  # and items as they come
+
+
+def _together(numbers: Sequence[int]) -> bytes:
+    """Varints one after the other."""
+    try:
+        return b"".join([_varints[number] for number in numbers])
+    except KeyError:
+        _varints.update((number, _varint(number)) for number in numbers if 0 <= number < 1 << 15)
+        return b"".join([_varints.get(number) or _varint(number) for number in numbers])
+
+
+_sizes = [_varint(size) for size in range(1 << 12)]
+
+
+def _sized(content: bytes) -> bytes:
+    size = len(content)
+    return (_sizes[size] if size < 1 << 12 else _varint(size)) + content
+
+
+@functools.cache
+def _key(name: str) -> bytes:
+    return b"\n" + _sized(name.encode()) + b"\x12"
+
+
+def _entry(name: str, kind: bytes, values: bytes) -> bytes:
+    """A field: ``kind`` is the tag of its list of bytes, floats or integers; ``values`` are the encoded list."""
+    return b"\n" + _sized(_key(name) + _sized(kind + _sized(values)))
+
+
+def _words(name: str, value: str) -> bytes:
+    return _entry(name, b"\n", b"\n" + _sized(value.encode()))
+
+
+def _integers(name: str, values: Sequence[int]) -> bytes:
+    return _entry(name, bytes([_INTEGERS]), b"\n" + _sized(_together(values)) if values else b"")
+
+
+_known_words = functools.lru_cache(_KEPT)(_words)
+_known_integers = functools.lru_cache(_KEPT)(_integers)
+
+
+def _text(name: str, value: str) -> bytes:
+    return (_known_words if len(value) <= _SHORT else _words)(name, value)
+
+
+_NO_CANDIDATES = _integers("candidates", ())
+
+
+@functools.lru_cache(_KEPT)
+def _features(index: tuple[int, ...], values: bytes) -> bytes:
+    """By the bytes of the values: 0 and -0 are equal, but not the same."""
+    return _integers("feature_index", index) + _entry(
+        "feature_value", b"\x12", b"\n" + _sized(values) if values else b""
+    )
+
+
+_NO_FEATURES = _features((), b"")
+
+
+@functools.lru_cache(_KEPT)
+def _about(intention: str, language: str, metric: str, preference: str) -> bytes:
+    return b"".join(
+        _words(name, value) for name, value in zip(_ABOUT, (intention, language, metric, preference), strict=True)
+    )
+
+
+@functools.lru_cache(_KEPT)
+def _asked(task: str, template: str) -> bytes:
+    return _words("task", task) + _words("template", template)
+
+
+@functools.lru_cache(_KEPT)
+def _learnt(dense: bool, dense_from: int) -> bytes:
+    return _integers("dense_from", (dense_from,)) + _integers("dense", (int(dense),))
+
+
+def serialise(example: InstructionExample) -> bytes:
+    """The example as TFDS would write it."""
+    features = example.features
+    index, value = zip(*features) if features else ((), ())
+    record = b"".join(
+        (
+            _known_integers("answer_items", example.answer_items),
+            _text("answer", example.answer),
+            _integers("candidates", example.candidates) if example.candidates else _NO_CANDIDATES,
+            _learnt(example.dense, example.dense_from),
+            _features(index, struct.pack(f"<{len(value)}f", *value)) if features else _NO_FEATURES,
+            _about(example.intention, example.language, example.metric, example.preference),
+            _integers("prompt_items", example.prompt_items),
+            _text("prompt", example.prompt),
+            _known_integers("target", (example.target,)),
+            _asked(example.task, example.template),
+            _known_integers("user", (example.user,)),
+        )
+    )
+    return b"\n" + _sized(record)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@functools.cache
+def message() -> Any:
+    """The class of a record. Looking it up costs as much as filling a field."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return tf_example_pb2.Example
+
+
+def _bytes(feature: Any) -> str:
+    return feature.bytes_list.value[0].decode()
+
+
+def _one(feature: Any) -> int:
+    return feature.int64_list.value[0]
+
+
+def _many(feature: Any) -> tuple[int, ...]:
+    return tuple(feature.int64_list.value)
+
+
+def _floats(feature: Any) -> tuple[float, ...]:
+    return tuple(feature.float_list.value)
+
+
+# The fields in their order, in runs that are the same in many records.
+_Run = tuple[tuple[str, Callable[[Any], Any]], ...]
+_ABOUT = ("intention", "language", "metric", "preference")
+_ANSWER: _Run = (("answer_items", _many), ("answer", _bytes), ("candidates", _many))
+_LEARNT: _Run = (("dense_from", _one), ("dense", _one), ("feature_index", _many), ("feature_value", _floats))
+_WORDING: _Run = tuple((name, _bytes) for name in _ABOUT)
+_PROMPT: _Run = (("prompt", _bytes),)
+_TARGET: _Run = (("target", _one),)
+_ASKED: _Run = (("task", _bytes), ("template", _bytes))
+_USER: _Run = (("user", _one),)
+
+
+class _OtherLayoutError(Exception):
+    """The record is not laid out as ``serialise`` does it."""
+
+
+def _values(run: bytes, fields: _Run) -> tuple[Any, ...]:
+    """The values of the fields that a run holds, and nothing else."""
+    try:
+        found = message().FromString(b"\n" + _sized(run)).features.feature
+    except DecodeError:
+        raise _OtherLayoutError from None
+    if len(found) != len(fields) or not all(name in found for name, _ in fields):
+        raise _OtherLayoutError
+    if fields is _LEARNT:
+        first, dense, index, value = [read(found[name]) for name, read in fields]
+        return bool(dense), first, tuple(map(Feature, index, value))
+    return tuple([read(found[name]) for name, read in fields])
+
+
+_known_values = functools.lru_cache(8 * _KEPT)(_values)
+
+
+def _read(run: bytes, fields: _Run) -> tuple[Any, ...]:
+    return (_known_values if len(run) <= _SHORT else _values)(run, fields)
+
+
+_ITEMS_KEY = _key("prompt_items")
+
+
+def _items(run: bytes) -> tuple[int, ...]:
+    """``prompt_items``, which are other ones in every record: protobuf decodes the list, not the map around it."""
+    at = _inside(run, 0, _FIELD)
+    if not run.startswith(_ITEMS_KEY, at):
+        raise _OtherLayoutError
+    at = _inside(run, at + len(_ITEMS_KEY) - 1, _VALUE)
+    at = _inside(run, at, _INTEGERS)
+    try:
+        return tuple(_list().FromString(run[at:]).value[:])
+    except DecodeError:
+        raise _OtherLayoutError from None
+
+
+def _inside(content: bytes, at: int, tag: int) -> int:
+    """Where the content of a message begins whose tag stands at ``at``, if it reaches to the end.
+
+    A size of more than two bytes never fits: long records are left to protobuf.
+    """
+    size = content[at + 1]
+    start = at + 2
+    if size > 127:
+        size += (content[start] << 7) - 128
+        start += 1
+    if content[at] != tag or start + size != len(content):
+        raise _OtherLayoutError
+    return start
+
+
+@functools.cache
+def _list() -> Any:
+    from tensorflow_datasets.proto import tf_feature_pb2
+
+    return tf_feature_pb2.Int64List
+
+
+def _cut(record: bytes) -> list[int]:
+    """Where the fields of a record begin, and its end, if sizes have one or two bytes. Tags are looked at later."""
+    end = len(record)
+    at = _inside(record, 0, _FIELD)
+    starts = [at]
+    while at < end:
+        size = record[at + 1]
+        if size < 128:
+            at += 2 + size
+        else:
+            at += 3 + size + (record[at + 2] << 7) - 128
+        starts.append(at)
+    return starts
+
+
+def parse(record: bytes) -> InstructionExample:
+    """The inverse of ``serialise``.
+
+    Fields one after the other are a message as much as the whole is, so every run is read by itself; if each holds the names that
+    belong there, the record holds these and no others.
+    """
+    try:
+        at = _cut(record)
+        if len(at) != 18 or at[17] != len(record):
+            return _parse(record)
+        answer_items, answer, candidates = _read(record[at[0] : at[3]], _ANSWER)
+        dense, dense_from, features = _read(record[at[3] : at[7]], _LEARNT)
+        intention, language, metric, preference = _read(record[at[7] : at[11]], _WORDING)
+        prompt_items = _items(record[at[11] : at[12]])
+        (prompt,) = _read(record[at[12] : at[13]], _PROMPT)
+        (target,) = _read(record[at[13] : at[14]], _TARGET)
+        task, template = _read(record[at[14] : at[16]], _ASKED)
+        (user,) = _read(record[at[16] :], _USER)
+    except (_OtherLayoutError, IndexError):  # an index beyond the end
+        return _parse(record)
+    return InstructionExample(
+        template, language, preference, intention, task, metric, user, prompt, prompt_items, answer, answer_items,
+        features, target, candidates, dense, dense_from,
+    )  # fmt: skip
+
+
+def _parse(record: bytes) -> InstructionExample:
+    """Of any layout, by protobuf."""
+    feature = message().FromString(record).features.feature
+    index = feature["feature_index"].int64_list.value
+    return InstructionExample(
+        template=_bytes(feature["template"]),
+        language=_bytes(feature["language"]),
+        preference=_bytes(feature["preference"]),
+        intention=_bytes(feature["intention"]),
+        task=_bytes(feature["task"]),
+        metric=_bytes(feature["metric"]),
+        user=_one(feature["user"]),
+        prompt=_bytes(feature["prompt"]),
+        prompt_items=_many(feature["prompt_items"]),
+        answer=_bytes(feature["answer"]),
+        answer_items=_many(feature["answer_items"]),
+        features=tuple(map(Feature, index, feature["feature_value"].float_list.value)),
+        target=_one(feature["target"]),
+        candidates=_many(feature["candidates"]),
+        dense=bool(_one(feature["dense"])),
+        dense_from=_one(feature["dense_from"]),
+    )
