@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from instructrec_jax import prepare, run
 from instructrec_jax.config import InstructionConfig
+from instructrec_jax.data import tokenizer
 from instructrec_jax.data.schema import TEST, TRAIN, SplitData
 from instructrec_jax.data.tokenise import encode_example
 from instructrec_jax.errors import ConfigError
@@ -69,18 +70,13 @@ def test_nobody_sees_the_time_of_what_is_to_come() -> None:
     assert any(e.features for e in one if e.dense) and any(not e.features for e in one if e.dense)
 
 
-def test_the_place_before_an_item_is_its_pause() -> None:
+def test_the_place_before_an_item_is_its_pause(tmp_path: Path) -> None:
     data = timed([0, 2 * HOUR])
     builder = Builder(data, CONFIG, "films", pauses=Pauses(0))
     example = next(e for e in builder.training_examples() if e.dense and len(e.features) > 2)
 
-    class Words:
-        before, after, end, item, feature = (1,), (), (2,), 3, 4
-
-        def ids(self, text: str) -> np.ndarray:
-            return np.full(len(text.split()), 9, np.int32)
-
-    arrays = encode_example(example, Words())  # pyright: ignore[reportArgumentType]
+    tokenizer.train([example.prompt, *data.catalogue.titles], 300, tmp_path / "tokenizer")
+    arrays = encode_example(example, tokenizer.load(tmp_path / "tokenizer"))
     at = np.flatnonzero(arrays["feature"] > 0)
     assert len(at) == len(example.features)
     followed = at[np.isin(at + 1, np.flatnonzero(arrays["item"] > 0))]

@@ -244,7 +244,7 @@ def test_bytes_grow_with_the_batch_and_with_what_is_kept() -> None:
 
 
 def test_groups_of_layers() -> None:
-    config = configs.load(AOT[-2], ["--model.remat", "full"])
+    config = configs.load(AOT[-2], ["--model.remat", "full", "--train.accumulate", "1"])
     arch, sizes = architecture_of(config, 0)
     plans = {}
     for group in (1, 4, 7):

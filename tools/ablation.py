@@ -1,13 +1,14 @@
 """More kinds of instructions, better on a kind that was never trained? (InstructRec, arXiv 2305.07001, Figure 3.)
 
-    .venv/bin/python tools/ablation.py --out runs/ablation
+    .venv/bin/python tools/ablation.py --out runs/ablation [--into docs/results.md]
 
 Trains the demo's preset on 1, 5, 15 and all families of templates, three seeds each, for the same number of steps, and measures HR@1
 among 1+9 frozen candidates on a scenario that no arm has seen: personalised search with a vague intention (P1, I1). All templates of
 (P1, I1), whatever their task, are left out of every arm, also of "all". Arms are nested: each has the families of the one before it.
 Weights of the tasks are the same in all arms; a task without a template in an arm has no examples there.
 
-One JSON file for each run is written when it is measured, so a killed command goes on; the table (Markdown) and a picture come last.
+One JSON file for each run is written when it is measured, so a killed command goes on; the table (Markdown) and a picture come last,
+``--into`` a document as its block ``families``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from instructrec_jax.files import write_json
 from instructrec_jax.instructions.prompts import NothingToSay
 from instructrec_jax.instructions.template import Template
 from instructrec_jax.instructions.templates import load_templates
+from instructrec_jax.results import put_block
 from instructrec_jax.run import train_run, trained
 from instructrec_jax.scoring import Request
 
@@ -106,7 +108,10 @@ def measured(run_dir: Path) -> dict[str, float]:
 @click.option("--preset", type=click.Path(), default="configs/ml_latest_small.yaml", show_default=True)
 @click.option("--steps", type=int, default=600, show_default=True)
 @click.option("--seeds", type=int, default=3, show_default=True)
-def main(out: Path, preset: str, steps: int, seeds: int) -> None:
+@click.option(
+    "--into", type=click.Path(path_type=Path), help="Document whose block is replaced; the picture goes to images/."
+)
+def main(out: Path, preset: str, steps: int, seeds: int, into: Path | None) -> None:
     """Train and measure every arm and seed, then print the table and draw the picture."""
     base = configs.load(preset, ("--prepared", str(out / "prepared"), "--runs", str(out)))
     names = arms()
@@ -131,6 +136,15 @@ def main(out: Path, preset: str, steps: int, seeds: int) -> None:
     }
     click.echo(table(results))
     draw(results, out / "families.png")
+    if into:
+        picture = into.parent / "images" / "families.png"
+        draw(results, picture)
+        shown = f"![HR@1 by the number of families of templates](images/{picture.name})"
+        put_block(
+            into,
+            "families",
+            f"    python tools/ablation.py --steps {steps} --seeds {seeds}\n\n{table(results)}\n\n{shown}",
+        )
 
 
 def table(results: dict[str, list[dict]]) -> str:
