@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,11 +87,21 @@ def test_bundles_that_run_twice_change_no_byte(folder):
 
 def test_workers_that_fail_change_no_byte(folder, monkeypatch, tmp_path):
     """The first three attempts of each step break off after they have given a part of what they give; Beam gives up after four."""
-    failed = []
-    for step in (beam_engine.Render, beam_engine.Number, beam_engine.Rank, beam_engine.Write):
-        monkeypatch.setattr(step, "process", _failing(step.process, step.__name__, failed))
+    failed = fail_three_times(monkeypatch)
     assert_same(folder, "--runner", "BundleBasedDirectRunner", part_events=200)
-    assert sorted(failed) == sorted(["Render", "Number", "Rank", "Write"] * 3)
+    assert sorted(failed) == sorted(STEPS * 3)
+
+
+STEPS = ["Render", "Number", "Rank", "Write"]
+
+
+def fail_three_times(monkeypatch) -> list[str]:
+    """Break the first three attempts of every step; their names are put in the list."""
+    failed: list[str] = []
+    for name in STEPS:
+        step = getattr(beam_engine, name)
+        monkeypatch.setattr(step, "process", _failing(step.process, name, failed))
+    return failed
 
 
 def _failing(process, name, failed):
@@ -137,22 +148,44 @@ def test_errors_are_those_of_the_local_engine(folder, change, error, message):
 
 # --------------------------------------------------------------------------------------------------------- the command
 
+SETS = {
+    "ml_latest_small": None,
+    "ml_1m": Path(os.environ.get("INSTRUCTREC_DATA", "../shared/data")) / "ml-1m",
+}  # a million rows
 
-def prepared(tmp_path: Path, engine: str, *words: str) -> dict[str, str]:
-    args = ["data", "prepare", "configs/ml_latest_small.yaml", "--prepared", str(tmp_path / engine), "--engine", engine]
-    done = CliRunner().invoke(cli, [*args, *words])
+
+@pytest.fixture(scope="module", params=SETS)
+def whole_set(request, tmp_path_factory):
+    """A preset's arguments, and the sums of what the local engine prepares with them."""
+    data = SETS[request.param]
+    if data and not data.is_dir():
+        pytest.skip(f"{data} is missing")
+    words = [f"configs/{request.param}.yaml", "--instructions.shard_records", "2000"]
+    words += ["--data.path", str(data)] if data else []
+    return words, prepared(tmp_path_factory.mktemp("local"), words)
+
+
+def prepared(folder: Path, words: list[str], *options: str) -> dict[str, str]:
+    done = CliRunner().invoke(cli, ["data", "prepare", *words, "--prepared", str(folder / "prepared"), *options])
     assert done.exit_code == 0, done.output
-    return sums(tmp_path / engine)
+    return sums(folder / "prepared")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 5])
-def test_the_command_prepares_the_embedded_set_alike(tmp_path, workers):
-    options = ("--beam.direct_num_workers", str(workers))
-    if workers > 1:
-        options += ("--beam.direct_running_mode", "multi_processing")
-    few = ("--instructions.shard_records", "2000")
-    assert prepared(tmp_path, "beam", *few, *options) == prepared(tmp_path, "local", *few)
+def test_the_command_prepares_whole_sets_alike(tmp_path, whole_set, workers):
+    words, expected = whole_set
+    options = ["--beam.direct_num_workers", str(workers)]
+    options += ["--beam.direct_running_mode", "multi_processing"] if workers > 1 else []
+    assert prepared(tmp_path, words, "--engine", "beam", *options) == expected
+
+
+@pytest.mark.slow
+def test_workers_that_fail_change_no_byte_of_whole_sets(tmp_path, whole_set, monkeypatch):
+    words, expected = whole_set
+    failed = fail_three_times(monkeypatch)
+    assert prepared(tmp_path, words, "--engine", "beam", "--beam.runner", "BundleBasedDirectRunner") == expected
+    assert sorted(failed) == sorted(STEPS * 3)
 
 
 def test_options_of_beam_need_beam():

@@ -148,6 +148,13 @@ def message() -> Any:
     return tf_example_pb2.Example
 
 
+@functools.cache
+def _integer_list() -> Any:
+    from tensorflow_datasets.proto import tf_feature_pb2
+
+    return tf_feature_pb2.Int64List
+
+
 def _bytes(feature: Any) -> str:
     return feature.bytes_list.value[0].decode()
 
@@ -170,10 +177,7 @@ _ABOUT = ("intention", "language", "metric", "preference")
 _ANSWER: _Run = (("answer_items", _many), ("answer", _bytes), ("candidates", _many))
 _LEARNT: _Run = (("dense_from", _one), ("dense", _one), ("feature_index", _many), ("feature_value", _floats))
 _WORDING: _Run = tuple((name, _bytes) for name in _ABOUT)
-_PROMPT: _Run = (("prompt", _bytes),)
-_TARGET: _Run = (("target", _one),)
 _ASKED: _Run = (("task", _bytes), ("template", _bytes))
-_USER: _Run = (("user", _one),)
 
 
 class _OtherLayoutError(Exception):
@@ -201,20 +205,34 @@ def _read(run: bytes, fields: _Run) -> tuple[Any, ...]:
     return (_known_values if len(run) <= _SHORT else _values)(run, fields)
 
 
-_ITEMS_KEY = _key("prompt_items")
-
-
-def _items(run: bytes) -> tuple[int, ...]:
-    """``prompt_items``, which are other ones in every record: protobuf decodes the list, not the map around it."""
+def _list(run: bytes, key: bytes, tag: int) -> bytes:
+    """The list of values in a run of one field, which has that key and kind: without protobuf, for what differs from record to record."""
     at = _inside(run, 0, _FIELD)
-    if not run.startswith(_ITEMS_KEY, at):
+    if not run.startswith(key, at):
         raise _OtherLayoutError
-    at = _inside(run, at + len(_ITEMS_KEY) - 1, _VALUE)
-    at = _inside(run, at, _INTEGERS)
+    at = _inside(run, at + len(key) - 1, _VALUE)
+    return run[_inside(run, at, tag) :]
+
+
+def _numbers(run: bytes, key: bytes) -> tuple[int, ...]:
     try:
-        return tuple(_list().FromString(run[at:]).value[:])
+        return tuple(_integer_list().FromString(_list(run, key, _INTEGERS)).value[:])
     except DecodeError:
         raise _OtherLayoutError from None
+
+
+@functools.lru_cache(_KEPT)
+def _number(run: bytes, key: bytes) -> int:
+    return _numbers(run, key)[0]
+
+
+def _prompt(run: bytes) -> str:
+    values = _list(run, _PROMPT, _FIELD)
+    return values[_inside(values, 0, _FIELD) :].decode()
+
+
+_known_prompt = functools.lru_cache(_KEPT)(_prompt)
+_PROMPT, _PROMPT_ITEMS, _TARGET, _USER = map(_key, ("prompt", "prompt_items", "target", "user"))
 
 
 def _inside(content: bytes, at: int, tag: int) -> int:
@@ -230,13 +248,6 @@ def _inside(content: bytes, at: int, tag: int) -> int:
     if content[at] != tag or start + size != len(content):
         raise _OtherLayoutError
     return start
-
-
-@functools.cache
-def _list() -> Any:
-    from tensorflow_datasets.proto import tf_feature_pb2
-
-    return tf_feature_pb2.Int64List
 
 
 def _cut(record: bytes) -> list[int]:
@@ -267,11 +278,11 @@ def parse(record: bytes) -> InstructionExample:
         answer_items, answer, candidates = _read(record[at[0] : at[3]], _ANSWER)
         dense, dense_from, features = _read(record[at[3] : at[7]], _LEARNT)
         intention, language, metric, preference = _read(record[at[7] : at[11]], _WORDING)
-        prompt_items = _items(record[at[11] : at[12]])
-        (prompt,) = _read(record[at[12] : at[13]], _PROMPT)
-        (target,) = _read(record[at[13] : at[14]], _TARGET)
+        prompt_items = _numbers(record[at[11] : at[12]], _PROMPT_ITEMS)
+        prompt = (_known_prompt if at[13] - at[12] <= _SHORT else _prompt)(record[at[12] : at[13]])
+        target = _number(record[at[13] : at[14]], _TARGET)
         task, template = _read(record[at[14] : at[16]], _ASKED)
-        (user,) = _read(record[at[16] :], _USER)
+        user = _number(record[at[16] :], _USER)
     except (_OtherLayoutError, IndexError):  # an index beyond the end
         return _parse(record)
     return InstructionExample(
