@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +68,9 @@ def test_links_count_for_prompts_with_a_history_and_no_candidates() -> None:
 
 def test_popularity_counts_where_a_prompt_tells_nothing() -> None:
     plain = prompt(())
-    nothing = dataclasses.replace(plain, preference="P0")
-    wish = dataclasses.replace(nothing, intention="I1")
-    known = dataclasses.replace(nothing, features=(Feature(0, 1.0),))
+    nothing = plain._replace(preference="P0")
+    wish = nothing._replace(intention="I1")
+    known = nothing._replace(features=(Feature(0, 1.0),))
     np.testing.assert_allclose(MEMORY.scores([nothing, wish, known, plain]), [3 * PRIOR, *np.zeros((3, 4))])
     shares = np.exp(log_shares(np.array([3, 0, 1])))
     np.testing.assert_allclose(shares, np.array([3.5, 0.5, 1.5]) / 5.5, rtol=1e-6)

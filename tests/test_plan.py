@@ -81,10 +81,10 @@ def test_replica_crosses_slices() -> None:
 @pytest.mark.parametrize(
     ("mesh", "change", "said"),
     [
-        ((1, 8, 1), {"model": {"width": 36}}, r"model.width = 36 .* fsdp = 8(?s:.*)is 6"),
+        ((1, 8, 1), {"model": {"width": 36}}, r"model.width = 36 .* fsdp = 8(?s:.*)is 4"),
         ((1, 2, 4), {}, r"model.kv_heads = 2 .* tensor = 4(?s:.*)is 2"),
         ((1, 4, 2), {"model": {"mlp_width": 33}}, r"model.mlp_width = 33 .* tensor = 2(?s:.*)is 1"),
-        ((1, 8, 1), {"train": {"batch_size": 12}}, r"train.batch_size .* = 12 .* replica x fsdp = 8(?s:.*)is 6"),
+        ((1, 8, 1), {"train": {"batch_size": 12}}, r"train.batch_size .* = 12 .* replica x fsdp = 8(?s:.*)is 16"),
         ((1, 8, 1), {"train": {"accumulate": 3}}, r"batch_size = 16 .*accumulate = 3(?s:.*)is 2"),
         ((1, 8, 1), {"train": {"logits_chunk": 24}}, r"sequence_length = 32 .*logits_chunk = 24(?s:.*)is 16"),
         ((1, 8, 1), {"train": {"vocab_tiles": 6}}, r"256 rows .*vocab_tiles = 6(?s:.*)is 4"),
@@ -101,7 +101,7 @@ def test_a_plan_that_does_not_divide(mesh: tuple, change: dict[str, dict[str, in
 def test_tables_must_divide_too() -> None:
     arch = architecture.from_numbers(dataclasses.replace(MODEL, kv_heads=3, heads=3, mlp_width=66), 256)
     config = Config(mesh=MeshConfig(1, 1, 3), train=TRAIN)
-    with pytest.raises(ConfigError, match=r"the table of words = 256 .* tensor = 3(?s:.*)is 2"):
+    with pytest.raises(ConfigError, match=r"the table of words = 256 .* tensor = 3(?s:.*)is 1"):
         check_plan(config, arch, Sizes(256, 128), 3)
 
 

@@ -54,7 +54,7 @@ def test_words_count_for_prompts_with_a_wish_and_without_candidates() -> None:
     rest = [
         builder.recommend_prompt((0, 1)),
         builder.recommend_prompt(()),
-        dataclasses.replace(alone, task="T3"),
+        alone._replace(task="T3"),
         [1, 2],
     ]
     found = match.scores([alone, known, *rest])
