@@ -30,10 +30,10 @@ from instructrec_jax.instructions.example import InstructionExample
 from instructrec_jax.models import adapters, architecture
 from instructrec_jax.models.adapters import Tree
 from instructrec_jax.models.architecture import Architecture
-from instructrec_jax.models.item_start import check_item_start, title_vectors
+from instructrec_jax.models.item_start import begin_at_titles, check_item_start
 from instructrec_jax.models.language_model import Sizes
 from instructrec_jax.models.new_items import with_new_items
-from instructrec_jax.models.sharding import RULES, check_divides, fetch, padded, put
+from instructrec_jax.models.sharding import RULES, check_divides, padded, put
 from instructrec_jax.scoring import Request, Scorer
 from instructrec_jax.training import hosts
 from instructrec_jax.training.checkpoint import METRIC, Checkpoints
@@ -102,10 +102,8 @@ class Session:
             base = load_params(self.model_folder, self.arch, o.param_dtype, quantised=o.quantise, sizes=self.sizes)
         trained, frozen = init_model(self.config, self.arch, self.sizes, self.content, self.config.train.seed, base)
         if base and self.config.model.item_start == "titles":
-            titles = [self.prepared.text.ids(title) for title in self.prepared.data.catalogue.titles]
-            tree = (trained if "item_id" in trained["params"] else frozen)["params"]
-            vectors = title_vectors(fetch(base["words"]), titles, self.sizes.items)
-            tree["item_id"] = put(vectors, tree["item_id"].sharding)
+            ids = map(self.prepared.text.ids, self.prepared.data.catalogue.titles)
+            begin_at_titles(trained["params"], base["words"], list(ids))
         return trained, frozen
 
     @property

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from instructrec_jax.config import ModelConfig
 from instructrec_jax.errors import ConfigError
+from instructrec_jax.models.adapters import Tree
+from instructrec_jax.models.sharding import fetch, put
 
 
 def title_vectors(
@@ -32,6 +34,12 @@ def title_vectors(
         mean = words[np.asarray(ids)].mean(0) if len(ids) else everything
         out[item] = mean * (length / max(float(np.linalg.norm(mean)), 1e-12))
     return out
+
+
+def begin_at_titles(params: Tree, words: Float[Array, "V D"], titles: Sequence[Int[np.ndarray, " n"]]) -> None:
+    """Put the title vectors in the place of the fresh item table ``params["item_id"]``, with its sharding."""
+    table = params["item_id"]
+    params["item_id"] = put(title_vectors(fetch(words), titles, table.shape[0]), table.sharding)
 
 
 def check_item_start(config: ModelConfig) -> None:
