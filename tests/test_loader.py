@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,6 +28,13 @@ from instructrec_jax.instructions.example import Feature
 from tests.small_split import small_split
 
 LENGTH, ROWS = 64, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_at_a_time() -> Iterator[None]:
+    """The sets here are small, and what a reading takes would be many epochs of them. The order does not depend on it."""
+    with mock.patch.object(loader, "READ", 256):
+        yield
 
 
 @pytest.fixture(scope="module")
