@@ -10,6 +10,7 @@ import click
 
 from instructrec_jax import __version__, data_commands, evaluation_commands, model_commands, template_commands
 from instructrec_jax.errors import UserError, did_you_mean
+from instructrec_jax.host_memory import with_large_pages
 from instructrec_jax.terminal import OVERRIDES, OVERRIDES_HELP, escape, progress, start
 
 
@@ -333,6 +334,7 @@ def _where() -> str:
 
 def main() -> None:
     """Entry point: user errors are printed without a traceback and exit with status 2."""
+    with_large_pages()
     try:
         cli(standalone_mode=True)
     except SystemExit as end:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -163,6 +164,31 @@ def test_tiles_equal_the_whole_softmax(mesh: tuple, tiles: int, cap: float, spre
     assert value == pytest.approx(float(expected), rel=1e-5)
     for a, b in zip(by, wanted):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (1, 8, 1)])
+@pytest.mark.parametrize(("tiles", "spread"), [(1, "short"), (4, "short"), (1, "long"), (2, "uneven")])
+def test_a_frozen_table_is_walked_once_for_the_same_gradient(mesh: tuple, tiles: int, spread: str) -> None:
+    r = np.random.default_rng(1)
+    target, chunk = some_targets(spread)
+    hidden, table = (r.normal(size=s).astype(np.float32) for s in ((*target.shape, 32), (256, 32)))
+    weights = r.normal(size=(2, *target.shape)).astype(np.float32) * (target > 0)
+    with jax.set_mesh(make_mesh(MeshConfig(*mesh), jax.devices()[: math.prod(mesh)])):
+        on = lambda x, spec: jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), spec))  # noqa: E731
+        t, ids = on(table, RULES.table_vd), on(target, RULES.ids_bs)
+        by = [on(w, RULES.ids_bs) for w in weights]
+
+        def ours(h: jax.Array, learns: bool) -> jax.Array:
+            how = {"count": 240, "softcap": 0.0, "tiles": tiles, "chunk": chunk, "learns": learns}
+            return sum(jnp.sum(w * x) for w, x in zip(by, table_scores(h, ids, t, None, **how)))
+
+        found = [
+            jax.device_get(jax.jit(jax.value_and_grad(partial(ours, learns=learns)))(on(hidden, RULES.act_bsd)))
+            for learns in (False, True)
+        ]
+    (value, gradient), (expected, wanted) = found
+    assert value == pytest.approx(float(expected), rel=1e-5)
+    np.testing.assert_allclose(gradient, wanted, atol=2e-5, rtol=1e-4)
 
 
 def losses_of(config: Config, mesh: tuple, steps: int = 3) -> tuple[list[float], Any]:

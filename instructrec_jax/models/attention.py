@@ -15,6 +15,7 @@ from jax import P
 from jaxtyping import Array, Bool, Float, Int
 
 from instructrec_jax.models.architecture import Rope
+from instructrec_jax.models.causal_attention import causal_attention, splits
 from instructrec_jax.models.sharding import RULES
 from instructrec_jax.models.tree_attention import EVER, fits, tree_attention
 
@@ -158,7 +159,7 @@ def attend(
     masks (encoders, windows, cross-attention), a bias, a softcap, and lengths that are no multiples of 128 (decoding token by token).
     cuDNN's (see ``by_cudnn``) leaves to it the same, and calls with a ``past``.
     The reference has weights ``[B, K, S, G, T]``; its backward pass computes them again: storing them for all layers costs more time (and
-    far more memory) than the product of q and k.
+    far more memory) than the product of q and k. Packed rows and trees it takes in blocks (``causal_attention.py``).
     """
     q = q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
     if not past:
@@ -166,6 +167,8 @@ def attend(
             return _fused(q, k, v, mask).read
         if by_cudnn(path, q, mask, bias, softcap):
             return _cudnn(q, k, v, mask)
+        if mask.ndim == 2 and mask.dtype != bool and bias is None and not softcap and not splits(q):
+            return causal_attention(q, k, v, mask)
         return jax.checkpoint(partial(_attend, softcap=softcap), prevent_cse=False)(q, k, v, mask, bias)
     parts = [_part(q, k, v, mask, bias, softcap, path)]
     for p in past:

@@ -46,7 +46,7 @@ def word_loss(
         learns: whether the word table does.
     """
     hidden, target, task = out.hidden, batch["text_target"], batch["task"]
-    if chunk >= target.shape[1] and tiles == 1:
+    if chunk >= target.shape[1] and tiles == 1 and learns:
         index = jnp.maximum(target - 1, 0)
         normaliser = jax.nn.logsumexp(word_logits(hidden, out, arch), axis=-1)
         return sums_of(normaliser - chosen_logits(hidden, index, out, arch), normaliser, target, task)

@@ -5,6 +5,9 @@ at a time, and left again; the backward pass does the same once more and scatter
 holds one tile in the compute type, one tile's gradient, and logits ``[B · chunk, V / T]``. Communication is what gathering the table twice
 and reducing its gradient once would take, whatever the number of tiles and of positions.
 
+A frozen table (adapters) is walked once: with the normaliser log Σ exp goes its gradient by the hidden state, the mean row under the
+softmax, summed as attention sums values; whatever the loss, its gradient is that row and the target's, weighted.
+
 A device's rows have their targets where they may: the positions of all of them form one list with the targets in front, which is walked
 to its last target. The work follows the number of targets, not the row that has most of them.
 """
@@ -119,12 +122,26 @@ def _scores(plan: _Plan, *given: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _forward(plan: _Plan, *given: Any) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    if _once(plan, given[3]):
+        outs = (_ROWS, _ROWS, RULES.act_bsd, RULES.act_bsd)
+        chosen, normaliser, own, mean = _manual(partial(_forward_local, plan, rows=True), outs)(*given)
+        return (chosen, normaliser), (*given, own, mean)
     chosen, normaliser = _scores(plan, *given)
     return (chosen, normaliser), (*given, normaliser)
 
 
+def _once(plan: _Plan, bias: jax.Array | None) -> bool:
+    """Whether the forward pass finds all that the backward pass needs."""
+    return not plan.learns and bias is None and not plan.softcap
+
+
 def _backward(plan: _Plan, kept: tuple, change: tuple[jax.Array, jax.Array]) -> tuple:
-    hidden, target, table, bias, normaliser = kept
+    hidden, target, table, bias, *found = kept
+    if _once(plan, bias):
+        by_chosen, by_normaliser = (by[..., None] for by in change)
+        own, mean = found
+        return (by_chosen * own + by_normaliser * mean).astype(hidden.dtype), None, None, None
+    (normaliser,) = found
     outs = (RULES.act_bsd, RULES.table_vd if plan.learns else None, None if bias is None else RULES.vector_v)
     by_hidden, by_table, by_bias = _manual(partial(_backward_local, plan), outs)(
         hidden, target, table, bias, normaliser, *change
@@ -170,7 +187,8 @@ class _Front(NamedTuple):
         """
         large = rows * plan.chunk
         small = large // next(n for n in (8, 4, 2, 1) if n == 1 or (large % n == 0 and large // n >= _SMALLEST))
-        whole = self.count // large if small < large else 0
+        # A part that is the whole list would be the same in every round: compilers take it out of the loop, which then costs it always.
+        whole = self.count // large if small < large < self.order.size else 0
         rest = -(-(self.count - whole * large) // small)
         for size, first, number in ((large, 0, whole), (small, whole * large, rest)):
 
@@ -209,11 +227,20 @@ class _Tile(NamedTuple):
 
     def chosen(self, plan: _Plan, hidden: Float[Array, "C D"], wanted: Int[Array, " C"]) -> Float[Array, " C"]:
         """The target's logit from its own row, 0 if that is in another tile: nothing is picked from [C, T]."""
-        at = wanted - 1 - self.first
-        here = (at >= 0) & (at < self.rows.shape[0])
-        at = jnp.where(here, at, 0)
+        here, at = self._place(wanted)
         raw = jnp.sum(hidden.astype(jnp.float32) * _rows(self.rows, at).astype(jnp.float32), axis=-1)
         return jnp.where(here, _finished(plan, raw, None if self.bias is None else _rows(self.bias, at)), 0.0)
+
+    def own(self, wanted: Int[Array, " C"]) -> Float[Array, "C D"]:
+        """The target's row, 0 if that is in another tile."""
+        here, at = self._place(wanted)
+        return jnp.where(here[:, None], _rows(self.rows, at), 0)
+
+    def _place(self, wanted: Int[Array, " C"]) -> tuple[Bool[Array, " C"], Int[Array, " C"]]:
+        """Whether the target is here, and where."""
+        at = wanted - 1 - self.first
+        here = (at >= 0) & (at < self.rows.shape[0])
+        return here, jnp.where(here, at, 0)
 
     @property
     def numbers(self) -> Int[Array, " T"]:
@@ -246,8 +273,9 @@ def _tiles(plan: _Plan, table: jax.Array, bias: jax.Array | None, dtype: Any) ->
 
 
 def _forward_local(
-    plan: _Plan, hidden: jax.Array, target: jax.Array, table: jax.Array, bias: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+    plan: _Plan, hidden: jax.Array, target: jax.Array, table: jax.Array, bias: jax.Array | None, *, rows: bool = False
+) -> tuple[jax.Array, ...]:
+    """The target's logit and the normaliser; with ``rows`` also the target's row, and the mean row under the softmax, [B, S, D]."""
     tile_of = _tiles(plan, table, bias, hidden.dtype)
     front = _Front.of(target)
     given = front.listed(hidden), front.listed(target)
@@ -257,22 +285,32 @@ def _forward_local(
 
         def part(cut: Callable, put: Callable, so_far: tuple) -> tuple:
             h, wanted = map(cut, given)
-            highest, total, chosen = map(cut, so_far)
+            highest, total, chosen, *found = map(cut, so_far)
             logits = tile.masked(plan, tile.logits(plan, h), wanted)
             higher = jnp.maximum(highest, jnp.max(logits, axis=-1))
-            total = total * jnp.exp(highest - higher) + jnp.sum(jnp.exp(logits - higher[:, None]), axis=-1)
-            return tuple(map(put, so_far, (higher, total, chosen + tile.chosen(plan, h, wanted))))
+            weights, less = jnp.exp(logits - higher[:, None]), jnp.exp(highest - higher)
+            total = total * less + jnp.sum(weights, axis=-1)
+            if rows:
+                own, weighted = found
+                more = jnp.einsum("ct,td->cd", weights.astype(h.dtype), tile.rows, preferred_element_type=jnp.float32)
+                found = [own + tile.own(wanted), weighted * less[:, None] + more]
+            return tuple(map(put, so_far, (higher, total, chosen + tile.chosen(plan, h, wanted), *found)))
 
         return front.walk(plan, target.shape[0], part, so_far), None
 
     zero = jnp.zeros(target.size, jnp.float32)
-    (highest, total, chosen), _ = jax.lax.scan(visit, (zero + _NONE, zero, zero), jnp.arange(plan.tiles))
+    wide = [jnp.zeros((target.size, hidden.shape[2]), t) for t in (hidden.dtype, jnp.float32) if rows]
+    (highest, total, chosen, *found), _ = jax.lax.scan(visit, (zero + _NONE, zero, zero, *wide), jnp.arange(plan.tiles))
     # Each device along ``tensor`` has seen its own rows of the table.
     top = jax.lax.pmax(highest, "tensor")
-    total = jax.lax.psum(total * jnp.exp(highest - top), "tensor")
-    normaliser = top + jnp.log(jnp.where(total > 0, total, 1.0))
-    rows = target.shape[0]
-    return front.in_rows(jax.lax.psum(chosen, "tensor"), rows), front.in_rows(normaliser, rows)
+    less = jnp.exp(highest - top)
+    total = jax.lax.psum(total * less, "tensor")
+    total = jnp.where(total > 0, total, 1.0)
+    results = [jax.lax.psum(chosen, "tensor"), top + jnp.log(total)]
+    if rows:
+        own, weighted = found
+        results += [jax.lax.psum(own, "tensor"), jax.lax.psum(weighted * less[:, None], "tensor") / total[:, None]]
+    return tuple(front.in_rows(x, target.shape[0]) for x in results)
 
 
 def _backward_local(

@@ -30,6 +30,8 @@ from typing import Any
 from sides import Side, Work, alternate, serve
 from steps import matrix_multiply_rate, our_steps, their_steps, whole_rows
 
+from instructrec_jax.host_memory import with_large_pages
+
 KINDS = ("full_step", "lora_step", "packed", "loader")
 ROWS, LENGTH = 8, 256
 PACKED_ROWS, PACKED_LENGTH, CHUNK = 4, 512, 32
@@ -111,6 +113,8 @@ def open_sides(
 
 def side(name: str, file: str) -> Work:
     """In a side's process: its work."""
+    if name == "ours":
+        with_large_pages()  # as every command of ours begins
     case = pickle.loads(Path(file).read_bytes())
     folder = Path(case["folder"])
     if name == "ours":
