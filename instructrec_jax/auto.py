@@ -27,6 +27,7 @@ from instructrec_jax.data.schema import RawData
 from instructrec_jax.errors import DataError
 
 COMPUTE = 5e13  # floating-point operations of training: about a quarter of an hour on two cores
+LOGITS = 1e7  # item logits at one time: 40 MB. Where they leave a CPU's caches a step takes up to nine times as long
 MEMORY_ITEMS = 17_000  # largest catalogue that gets an item memory
 CORE_KEEPS = 0.8  # the 5-core is taken where it keeps this share of the interactions
 
@@ -65,15 +66,17 @@ def auto_config(folder: Path) -> Config:
     # Histories: long enough for three quarters of the users, at most 64 items in a prompt.
     history = int(np.clip(16 * np.ceil(np.quantile(lengths, 0.75) / 16), 16, 64))
     large = events >= 300_000
-    width = 128 if large and items < 5_000 else 64
-    tokens = 8192 if large else 4096
+    width = 64
+    # A large log learns more from as many tokens in small steps: docs/results.md, MovieLens 1M
+    tokens = 2048 if large else 4096
     length = 128 if history > 32 else 64
+    rows = tokens // length
     # About 100 passes over a small log; a large one converges in fewer. Half of the tokens of a batch predict an item.
     targets = 0.5 * tokens
     passes = float(np.clip(100 * (100_000 / events) ** 0.5, 8, 150))
     # 3 matrix products per weight in a step, and the item logits once more for the recomputed backward pass.
     flops = 8 * width * items * targets + 6 * tokens * 2 * (4 * width * width + 6 * width * width)
-    steps = 50 * int(np.clip(min(passes * events / targets, COMPUTE / flops) / 50, 16, 60))
+    steps = 50 * int(np.clip(min(passes * events / targets, COMPUTE / flops) / 50, 16, 240 if large else 60))
     return Config(
         name=f"auto-{name}",
         data=dataclasses.replace(data, clean=clean, domain=_domain(raw)),
@@ -91,10 +94,12 @@ def auto_config(folder: Path) -> Config:
         ),
         train=TrainConfig(
             steps=steps,
-            batch_size=tokens // length,
+            batch_size=rows,
             sequence_length=length,
+            logits_chunk=2 ** int(np.clip(np.log2(LOGITS / (rows * items)), 0, 4)),
             label_smoothing=0.1,
-            learning_rate=2e-3 if items < 10_000 else 1.5e-3,
+            learning_rate=1e-3 if large else 2e-3 if items < 10_000 else 1.5e-3,
+            ema=0.999 if large else 0.0,
             eval_every=max(100, steps // 8 // 50 * 50),
             checkpoint_every=max(100, steps // 8 // 50 * 50),
         ),
