@@ -137,3 +137,8 @@ def test_doctor(run_dir: Path) -> None:
     assert "devices: 8" in output and "everything needed is here" in output
     broken = CliRunner().invoke(cli, ["doctor", "nowhere.yaml"])
     assert broken.exit_code == 1 and "FIX: no config file nowhere.yaml" in broken.output
+
+
+def test_the_package_is_the_command_too() -> None:
+    command = [sys.executable, "-m", "instructrec_jax", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("instructrec, version")

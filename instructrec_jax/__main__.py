@@ -1,0 +1,5 @@
+"""``python -m instructrec_jax``: the command ``instructrec``, where its script is not on the path."""
+
+from instructrec_jax.cli import main
+
+main()
