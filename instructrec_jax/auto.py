@@ -27,7 +27,7 @@ from instructrec_jax.data.schema import RawData
 from instructrec_jax.errors import DataError
 
 COMPUTE = 5e13  # floating-point operations of training: about a quarter of an hour on two cores
-LOGITS = 1e7  # item logits at one time: 40 MB. Where they leave a CPU's caches a step takes up to nine times as long
+LOGITS = 1e7  # item logits at one time: 40 MB. Where they leave a CPU's caches a step takes up to six times as long
 MEMORY_ITEMS = 17_000  # largest catalogue that gets an item memory
 CORE_KEEPS = 0.8  # the 5-core is taken where it keeps this share of the interactions
 

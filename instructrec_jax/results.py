@@ -26,6 +26,14 @@ from instructrec_jax.hard_modes import FILE as HARD_MODES
 
 METRICS = ("ndcg@10", "hr@10", "mrr@10")
 SAMPLED_METRICS = ("hr@1", "hr@3", "hr@5", "ndcg@5")
+
+
+def _shown(table: EvaluationResult) -> list[str]:
+    """A table's columns: among ten candidates everybody is in the first ten."""
+    names = [m for m in METRICS if m in table.rows[0].metrics]
+    return list(SAMPLED_METRICS) if table.protocol.startswith("1+9") or not names else names
+
+
 PARTS = ("next_item", "search", "likelihood", "wordings")
 HARD = "hard-modes"  # the protocol of ``instructrec hard-modes``, whose tables are in a file of their own
 # They differ between machines and seeds, or only measure.
@@ -144,7 +152,7 @@ def _word(value: Any) -> str:
 
 def _table(results: Sequence[EvaluationResult]) -> list[str]:
     first = results[0]
-    names = [m for m in METRICS if m in first.rows[0].metrics] or list(SAMPLED_METRICS)
+    names = _shown(first)
     lines = [f"**{first.data}, {first.protocol}**, {first.split}, {first.cases:,} cases, {first.items:,} items", ""]
     lines += ["| system | " + " | ".join(names) + " | fit s | score s |", "|---|" + "---|" * (len(names) + 2)]
     for row in first.rows:
@@ -187,7 +195,7 @@ def compared(runs: Sequence[SeedRun], others: Sequence[SeedRun]) -> str:
         raise UserError(
             f"the tables differ: {about[0]} and {about[1]}", remedy="measure both on the same data and protocol"
         )
-    names = [m for m in METRICS if m in ours[0].rows[0].metrics] or list(SAMPLED_METRICS)
+    names = _shown(ours[0])
     changed = differing(runs[0].config, others[0].config)
     what = ", ".join(f"{key} {_word(value)}" for key, value in changed.items())
     lines = [
