@@ -2,4 +2,5 @@
 
 from instructrec_jax.cli import main
 
-main()
+if __name__ == "__main__":  # processes that are spawned import this module once more
+    main()

@@ -11,7 +11,7 @@ import pytest
 
 from instructrec_jax import config as configs
 from instructrec_jax import prepare
-from instructrec_jax.auto import auto_config
+from instructrec_jax.auto import LOGITS, auto_config
 from instructrec_jax.data import sources
 from instructrec_jax.data.cleaning import clean
 from instructrec_jax.data.splits import split
@@ -67,6 +67,14 @@ def test_a_dense_log_is_cut_to_its_core(tmp_path):
     assert config.name == "auto-shop" and config.data.source == "tables"
     assert Path(config.data.path) == (tmp_path / "shop").resolve()
     usable(config)
+
+
+def test_item_logits_of_a_large_catalogue_come_in_parts(tmp_path):
+    few = auto_config(folder_of(tmp_path / "few", dense())).train
+    many = auto_config(folder_of(tmp_path / "many", sparse(users=6_000))).train
+    assert few.logits_chunk == 16
+    positions = many.batch_size * many.logits_chunk
+    assert positions * 24_000 <= LOGITS < 2 * positions * 24_000 and many.sequence_length % many.logits_chunk == 0
 
 
 def test_a_sparse_log_keeps_every_item(tmp_path):
