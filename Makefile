@@ -21,6 +21,10 @@ TORCH := 2.13.0
 UV_HTTP_TIMEOUT ?= 300
 export UV_HTTP_TIMEOUT
 
+# Python keeps the bytecode of what it has compiled, whatever the shell asks for: without it every process of the tests, of which there are
+# many, spends six seconds more on its imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The stamp says where and from which PYTHON= the environment was made. Another interpreter was asked for, the checkout
 # has moved (its scripts hold absolute paths), or the interpreter is gone: build it anew.
 MADE_FOR := $(strip $(shell sed -n 1p $(READY) 2>/dev/null))

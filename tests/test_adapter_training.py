@@ -42,7 +42,9 @@ def train(mesh: jax.sharding.Mesh, folder: str, model: ModelConfig, steps: int) 
         return losses, jax.device_get(state), before, jax.device_get(frozen)
 
 
-@pytest.mark.parametrize("kind, quantise", [("lora", "none"), ("rslora", "int8"), ("dora", "nf4")])
+@pytest.mark.parametrize(
+    "kind, quantise", [("lora", "none"), pytest.param("rslora", "int8", marks=pytest.mark.slow), ("dora", "nf4")]
+)
 def test_training_changes_the_adapter_alone(kind: str, quantise: str) -> None:
     model = options(kind, quantise=quantise, dropout=0.1)
     losses, state, before, after = train(one_device(), "smollm2", model, 4)

@@ -15,7 +15,7 @@ from tests.tiny import tiny_config, write_slice
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tmp = tmp_path_factory.mktemp("bucket")
-    write_slice(tmp / "data", users=20)
+    write_slice(tmp / "data")
     return prepare.prepare(tiny_config(tmp), lambda _: None).folder
 
 

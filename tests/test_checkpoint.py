@@ -201,7 +201,7 @@ def test_a_run_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "INSTRUCTREC_CACHE": str(tmp_path / "cache"),
     }
     try:
-        write_slice(tmp_path / "data", users=40)
+        write_slice(tmp_path / "data")
         tree = configs.to_dict(tiny_config(tmp_path)) | {"prepared": "gs://bucket/prepared"}
         (tmp_path / "config.yaml").write_text(configs.dump(configs.from_dict(tree)), encoding="utf-8")
 

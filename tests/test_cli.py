@@ -28,7 +28,7 @@ def call(*words: str) -> str:
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run of the tiny config, made by the commands."""
     tmp = tmp_path_factory.mktemp("cli")
-    write_slice(tmp / "data", users=40)
+    write_slice(tmp / "data")
     file = tmp / "tiny.yaml"
     file.write_text(configs.dump(tiny_config(tmp)), encoding="utf-8")
     prepared = call("data", "prepare", str(file))

@@ -42,7 +42,7 @@ def test_edges_lead_to_every_item_and_know_what_lies_behind(sequences: list[list
     [
         ("llama3", (1, 1, 1)),
         pytest.param("gemma2", (1, 1, 1), marks=pytest.mark.slow),
-        ("t5_v11", (1, 2, 1)),
+        pytest.param("t5_v11", (1, 2, 1), marks=pytest.mark.slow),
         pytest.param("llama3", (1, 2, 1), marks=pytest.mark.slow),
     ],
 )

@@ -416,7 +416,7 @@ class Runs(NamedTuple):
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Two runs of a few steps: from scratch, and a published chat model with a DoRA adapter on NF4 weights and item tokens."""
     tmp = tmp_path_factory.mktemp("export")
-    write_slice(tmp / "data", users=40)
+    write_slice(tmp / "data")
     # Scaled so that activations stay near 1: what is compared below is then a matter of float32, not of saturated attention.
     weights = {k: v * v.shape[-1] ** -0.5 if v.ndim > 1 else 1 + v / 10 for k, v in gguf_files.random_weights().items()}
     base = convert(gguf_files.write(tmp / "base.gguf", weights), tmp / "base")

@@ -143,9 +143,19 @@ def said(found: Generated) -> list[list[int]]:
 # ------------------------------------------------------------------------------------------------- against a plain search
 
 
-@pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize(
-    "name", ["llama3", "qwen2_window", "gemma3", "gpt2", "t5", pytest.param("mt5", marks=pytest.mark.slow)]
+    ("name", "beams"),
+    [
+        ("llama3", 1),
+        ("qwen2_window", 3),
+        ("gemma3", 3),
+        ("gpt2", 1),
+        ("t5", 3),
+        *[
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in [("llama3", 3), ("gemma3", 1), ("t5", 1), ("mt5", 1), ("mt5", 3)]
+        ],
+    ],
 )
 def test_equals_a_search_without_a_cache(name: str, beams: int) -> None:
     """Prompts of different lengths in one batch, each as if alone; some rows stop and others do not."""

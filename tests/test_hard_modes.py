@@ -22,7 +22,7 @@ from tests.tiny import tiny_config, write_slice
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on a split with new items."""
     tmp = tmp_path_factory.mktemp("hard")
-    write_slice(tmp / "data", users=60)
+    write_slice(tmp / "data")
     tree = configs.to_dict(tiny_config(tmp, steps=4, eval_every=4, checkpoint_every=4, item_loss="full"))
     tree["data"]["split"] |= {"kind": "cold-items", "cold_fraction": 0.2}
     tree["evaluate"]["baselines"] = ["popularity", "itemknn", "ease"]

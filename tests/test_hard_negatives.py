@@ -30,7 +30,7 @@ def most_popular(data: SplitData, file: Path, k: int = 60) -> Path:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, prepare.Prepared]:
     tmp = tmp_path_factory.mktemp("hard")
-    write_slice(tmp / "data", users=30)
+    write_slice(tmp / "data")
     config = tiny_config(tmp)
     return config, prepare.prepare(config, lambda _: None)
 

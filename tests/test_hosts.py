@@ -209,7 +209,7 @@ def test_a_mesh_that_cuts_the_batch_across_processes_is_refused() -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tmp = tmp_path_factory.mktemp("hosts")
-    write_slice(tmp / "data", users=40)
+    write_slice(tmp / "data")
     prepare.prepare(tiny_config(tmp), lambda _: None)
     return tmp
 

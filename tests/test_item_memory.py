@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from instructrec_jax.config import ItemMemoryConfig
 from instructrec_jax.data.schema import SplitData
 from instructrec_jax.errors import ConfigError, DataError
-from instructrec_jax.fit_memory import check_memory
+from instructrec_jax.fit_memory import check_memory, smallest_near_best
 from instructrec_jax.instructions.example import Feature, InstructionExample
 from instructrec_jax.retrieval.slit import SLIT, recent
 from instructrec_jax.scoring.item_memory import ItemMemory, log_shares, strongest
@@ -116,3 +116,19 @@ def test_an_item_memory_that_could_not_be_fitted_is_refused_before_the_first_ste
         check_memory(ItemMemoryConfig(past=20), False, 10)
     with pytest.raises(ConfigError, match="weights has 2 numbers"):
         check_memory(ItemMemoryConfig(past=20, weights=(1.0, 2.0)), True, 10)
+
+
+def test_of_settings_within_an_error_of_the_best_the_smallest_weight_is_taken() -> None:
+    r = np.random.default_rng(0)
+    noise = r.random(400)
+    weights = [0.0, 2.0, 8.0, 32.0]
+    # 8 and 32 differ by chance alone, 0 and 2 are behind in most cases.
+    quality = np.stack(
+        [noise, noise + 0.02 * r.random(400), noise + 0.1 + 0.2 * r.random(400), noise + 0.1 + 0.2 * r.random(400)]
+    )
+    assert abs(np.diff(quality.mean(1))[2]) < 0.02
+    assert smallest_near_best(weights, quality) == 2
+    assert smallest_near_best(weights[::-1], quality) == 3  # the same figures, the weights the other way round
+    # Two ridges: of those with the same weight the better one.
+    assert smallest_near_best([4.0, 4.0], np.stack([noise, noise + 1e-3])) == 1
+    assert smallest_near_best([0.0, 2.0], np.stack([noise, noise])) == 0

@@ -144,12 +144,13 @@ def test_cached_prefix_equals_one_pass(scan: bool) -> None:
         model, features = model_of(config), content()
         batch = on_mesh(whole)
         params = jax.jit(model.init)(jax.random.key(0), batch, features)
-        expected = model.apply(params, batch, features).hidden[:, 10:]
+        apply = jax.jit(model.apply)
+        expected = apply(params, batch, features).hidden[:, 10:]
         head = on_mesh({k: v[:, :10] for k, v in whole.items()})
         tail = on_mesh({k: v[:, 10:] for k, v in whole.items()})
-        cache = model.apply(params, head, features).cache
+        cache = apply(params, head, features).cache
         memory = Memory(cache, head["segment_ids"] > 0, head["positions"], head["positions"][:, -1] + 1)
-        found = model.apply(params, tail, features, memory).hidden
+        found = apply(params, tail, features, memory).hidden
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=1e-5)
 
 

@@ -94,8 +94,9 @@ def test_what_cannot_be_shown_is_refused() -> None:
     assert pauses_in(["age"]) is None and pauses_in(["age", *PAUSES]) == Pauses(1)
 
 
+@pytest.mark.slow
 def test_a_run_learns_with_them(tmp_path: Path) -> None:
-    write_slice(tmp_path / "data", users=30)
+    write_slice(tmp_path / "data")
     config = tiny_config(tmp_path)
     config = replace(config, instructions=replace(config.instructions, time_gaps=True))
     prepared = prepare.prepare(config, lambda _: None)

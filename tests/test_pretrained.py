@@ -128,6 +128,7 @@ def test_a_mixture_of_titles(made: Path) -> None:
     assert [row["metrics"] for row in first["rows"]] == [row["metrics"] for row in second["rows"]]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_like_a_whole_one(made: Path) -> None:
     """Only the adapter is in the checkpoints; the published weights are read again."""
     config = config_of(made, "llama", {"seed": 3})
@@ -221,6 +222,7 @@ def test_likelihood_of_an_encoder_decoder(made: Path) -> None:
                 assert score == pytest.approx(pair_log_prob(model, variables, source, target).sum(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_item_tokens_beside_a_published_model(made: Path) -> None:
     config = config_of(
         made, "llama", {"items_as": "token", "search": 0.5}, trainable=["adapter", "items"], content_features=16

@@ -25,7 +25,7 @@ from tests.tiny import tiny_config, write_slice
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     tmp = tmp_path_factory.mktemp("refit")
-    write_slice(tmp / "data", users=40)
+    write_slice(tmp / "data")
     config = tiny_config(tmp)
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, item_memory=ItemMemoryConfig(past=5, links=20))

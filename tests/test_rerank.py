@@ -35,7 +35,7 @@ def with_head(config: Config) -> Config:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[run.Session, dict]]:
     tmp = tmp_path_factory.mktemp("rerank")
-    write_slice(tmp / "data", users=30)
+    write_slice(tmp / "data")
     config = with_head(tiny_config(tmp))
     prepare.prepare(config, lambda _: None)
     with run.session(config) as s:
@@ -137,6 +137,7 @@ def test_a_model_without_the_head_says_so(parts: tuple) -> None:
         s.scorer(params).score([Request([1, 2], ["Heat"])], "rerank")
 
 
+@pytest.mark.slow
 def test_it_learns() -> None:
     """Gradient steps on one batch: the targets come to stand before the items that the matching head confuses them with."""
     with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
@@ -163,6 +164,7 @@ def test_it_learns() -> None:
     assert values[0] == pytest.approx(np.log(20), abs=0.1) and values[-1] < 1.5
 
 
+@pytest.mark.slow
 def test_a_run_has_it_in_its_log_and_can_be_scored_with(parts: tuple, tmp_path: Path) -> None:
     s, _ = parts
     config = replace(s.config, train=replace(s.config.train, steps=4))

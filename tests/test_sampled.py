@@ -124,9 +124,10 @@ def test_settings_that_do_not_go_together() -> None:
         proposal(TrainConfig(item_loss="gbce", item_negatives_by="popularity"), 10, None)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("sampled", marks=pytest.mark.slow), "gbce"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sampled", "gbce"])
 def test_a_run_learns_with_it(kind: str, tmp_path: Path) -> None:
-    write_slice(tmp_path / "data", users=40)
+    write_slice(tmp_path / "data")
     every = {"steps": 30, "log_every": 5, "eval_every": 30, "checkpoint_every": 30}
     options = {"item_loss": kind, "item_negatives": 64, "item_negatives_by": "popularity", **every}
     config = tiny_config(tmp_path, **options)

@@ -44,7 +44,7 @@ Setup = tuple[Path, run.Session, Any]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     """A run with a checkpoint of random parameters, which is quicker than training."""
     tmp = tmp_path_factory.mktemp("score")
-    write_slice(tmp / "data", users=30)
+    write_slice(tmp / "data")
     config = tiny_config(tmp)
     prepare.prepare(config, lambda _: None)
     folder = tmp / "run"

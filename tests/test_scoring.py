@@ -29,7 +29,7 @@ def by_rows(scorer: Scorer) -> jax.NamedSharding:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[run.Session, dict, Scorer]]:
     tmp = tmp_path_factory.mktemp("scoring")
-    write_slice(tmp / "data", users=30)
+    write_slice(tmp / "data")
     config = tiny_config(tmp)
     prepare.prepare(config, lambda _: None)
     with run.session(config) as s:
@@ -48,17 +48,21 @@ def test_likelihood_equals_one_candidate_at_a_time(parts: tuple) -> None:
     asked = prompts(s, 5)
     wanted = [[3, 50, 7, 3], [], list(range(20, 31)), [1], [2, 9]]
     found = scorer.score([Request(p, c) for p, c in zip(asked, wanted)], "likelihood")
+
+    @jax.jit
+    def log_probs(params: dict, batch: dict) -> jax.Array:
+        out = model.apply(params, batch, s.content)
+        return jax.nn.log_softmax(word_logits(out.hidden, out, s.arch))
+
     for prompt, candidates, scores in zip(asked, wanted, found):
         assert len(scores) == len(candidates)
         for item, score in zip(candidates, scores):
             title = s.prepared.data.catalogue.titles[item]
             arrays = encode_example(prompt._replace(answer=title), s.prepared.text)
-            row = pad_to([arrays], 8, len(arrays["tokens"]))
-            row["positions"] = np.tile(np.arange(len(arrays["tokens"]), dtype=np.int32), (8, 1))
-            row["segment_ids"] = np.ones_like(row["positions"])
-            batch = {k: jax.device_put(v, by_rows(scorer)) for k, v in row.items()}
-            out = model.apply(params, batch, s.content)
-            log = np.asarray(jax.nn.log_softmax(word_logits(out.hidden, out, s.arch)))[0]
+            row = pad_to([arrays], 8, 96)  # one width: compiled once
+            row["positions"] = np.tile(np.arange(96, dtype=np.int32), (8, 1))
+            row["segment_ids"] = np.tile((np.arange(96) < len(arrays["tokens"])).astype(np.int32), (8, 1))
+            log = np.asarray(log_probs(params, {k: jax.device_put(v, by_rows(scorer)) for k, v in row.items()}))[0]
             at = np.flatnonzero(arrays["text_target"])
             assert score == pytest.approx(log[at, arrays["text_target"][at] - 1].sum(), abs=1e-4)
     mean = scorer.score([Request(asked[0], wanted[0])], "likelihood", normalise="mean")[0]

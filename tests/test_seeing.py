@@ -105,7 +105,7 @@ def test_calls_add_up_and_what_is_done_again_is_lost(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tmp = tmp_path_factory.mktemp("seeing")
-    write_slice(tmp / "data", users=20)
+    write_slice(tmp / "data")
     prepare.prepare(tiny_config(tmp), lambda _: None)
     return tmp
 

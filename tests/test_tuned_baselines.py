@@ -32,7 +32,7 @@ QUIET = ("--baseline.trials", "2", "--baseline.epochs", "2")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A prepared slice of real data; ``config.yaml`` beside it."""
     tmp = tmp_path_factory.mktemp("tuned")
-    write_slice(tmp / "data", users=40)
+    write_slice(tmp / "data")
     made = tiny_config(tmp)
     (tmp / "tiny.yaml").write_text(configs.dump(made), encoding="utf-8")
     prepare.prepare(made, lambda _: None)

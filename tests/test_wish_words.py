@@ -74,7 +74,7 @@ def test_what_could_not_be_chosen_is_refused_before_the_first_step() -> None:
 
 
 def test_a_run_chooses_by_validation_and_its_searches_find_titles(tmp_path: Path) -> None:
-    write_slice(tmp_path / "data", users=40)
+    write_slice(tmp_path / "data")
     config = tiny_config(tmp_path, steps=4)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, wish_words=WishWordsConfig(True)))
     prepare.prepare(config, lambda _: None)

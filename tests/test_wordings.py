@@ -18,7 +18,7 @@ from tests.tiny import tiny_config, write_slice
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     tmp = tmp_path_factory.mktemp("wordings")
-    write_slice(tmp / "data", users=30)
+    write_slice(tmp / "data")
     config = tiny_config(tmp)
     prepare.prepare(config, lambda _: None)
     return config
