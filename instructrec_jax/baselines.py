@@ -18,7 +18,7 @@ from typing import Any
 
 from instructrec_jax import prepare, retrieval
 from instructrec_jax.baseline_store import AGAIN, Saved, build, data_key, folder_of, saved
-from instructrec_jax.cases import Ranked, Task, against_negatives, case_histories, rank
+from instructrec_jax.cases import Ranked, Task, against_negatives, rank
 from instructrec_jax.config import Config
 from instructrec_jax.data.schema import SPLIT_NAMES, TEST, VALID
 from instructrec_jax.errors import UserError
@@ -98,7 +98,7 @@ def _task(s: Data, split: int) -> tuple[str, Task]:
     cases = s.prepared.data.cases(split)
     if not len(cases):
         raise UserError(f"the {SPLIT_NAMES[split]} split has no cases", remedy="see data.split in the config")
-    task, wanted = Task(cases, case_histories(s, cases)), s.config.evaluate.protocol
+    task, wanted = Task.of(s.prepared.data, cases), s.config.evaluate.protocol
     if split == VALID or wanted == "full":
         return "full", task
     return against_negatives(s, task, int(wanted.removeprefix("1+")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from instructrec_jax import prepare
 from instructrec_jax.config import Config
-from instructrec_jax.data.schema import Cases
+from instructrec_jax.data.schema import Cases, SplitData
 from instructrec_jax.evaluation import metrics
 from instructrec_jax.evaluation.hard_negatives import DEPTH, list_name, read_lists
 from instructrec_jax.instructions.example import InstructionExample
@@ -39,9 +39,17 @@ def sample_cases(cases: Cases, most: int, seed: int) -> Cases:
     return Cases(cases.user[pick], cases.end[pick], cases.target[pick])
 
 
-def case_histories(s: Measured, cases: Cases) -> list[Int[np.ndarray, " n"]]:
-    """All events before each case's target: what a ranking leaves out."""
-    return [s.prepared.data.history(int(u), int(e)) for u, e in zip(cases.user, cases.end)]
+def case_histories(data: SplitData, cases: Cases) -> list[Int[np.ndarray, " n"]]:
+    """All events before each case's target."""
+    return [data.history(int(u), int(e)) for u, e in zip(cases.user, cases.end)]
+
+
+def left_out(data: SplitData, histories: list[Int[np.ndarray, " n"]]) -> list[Int[np.ndarray, " n"]] | None:
+    """What is no candidate of a ranking: the items of the history, or None, nothing, where users have items again.
+
+    There, leaving the history out but for the target would put a target that the user had before above all that resembles it.
+    """
+    return None if data.repeats else histories
 
 
 def frozen_negatives(
@@ -92,14 +100,18 @@ def rank_first(scores: Float[np.ndarray, "cases C"]) -> metrics.TargetRank:
 
 
 def rank_cases(
-    scorer: Scorer, prompts: list[InstructionExample], cases: Cases, histories: list[np.ndarray], block: int = 1024
+    scorer: Scorer, prompts: list[InstructionExample], cases: Cases, exclude: list[np.ndarray] | None, block: int = 1024
 ) -> metrics.TargetRank:
-    """Full-catalogue ranks of the targets, a block of cases at a time: scores ``[block, I]`` are never kept."""
+    """Full-catalogue ranks of the targets, a block of cases at a time: scores ``[block, I]`` are never kept.
+
+    ``exclude``: as of ``left_out``.
+    """
     parts = []
     for start in range(0, len(cases), block):
         stop = start + block
         scores: Float[np.ndarray, "cases I"] = scorer.score_all(prompts[start:stop])
-        parts.append(metrics.rank_of_target(scores, cases.target[start:stop], histories[start:stop], first_case=start))
+        out = exclude and exclude[start:stop]
+        parts.append(metrics.rank_of_target(scores, cases.target[start:stop], out, first_case=start))
     return metrics.TargetRank.concatenate(parts)
 
 
@@ -108,11 +120,18 @@ ScoreBlock = Callable[[int, int], Float[np.ndarray, "cases I"]]
 
 @dataclass(frozen=True)
 class Task:
-    """Cases to rank, what is left out of each ranking, and the candidates of a sampled protocol."""
+    """Cases to rank, their histories, what is left out of each ranking, and the candidates of a sampled protocol."""
 
     cases: Cases
     histories: list[Int[np.ndarray, " n"]]
+    exclude: list[Int[np.ndarray, " n"]] | None  # see ``left_out``
     candidates: Int[np.ndarray, "cases C"] | None = None
+
+    @classmethod
+    def of(cls, data: SplitData, cases: Cases) -> Task:
+        """Full ranking of cases."""
+        histories = case_histories(data, cases)
+        return cls(cases, histories, left_out(data, histories))
 
 
 @dataclass(frozen=True)
@@ -133,11 +152,11 @@ def rank(task: Task, score: ScoreBlock, k: int) -> Ranked:
         stop = min(start + _BLOCK, len(task.cases))
         scores = score(start, stop)
         chosen = None if task.candidates is None else task.candidates[start:stop]
-        history = task.histories[start:stop]
+        exclude = task.exclude and task.exclude[start:stop]
         ranks.append(
-            metrics.rank_of_target(scores, task.cases.target[start:stop], history, candidates=chosen, first_case=start)
+            metrics.rank_of_target(scores, task.cases.target[start:stop], exclude, candidates=chosen, first_case=start)
         )
-        top = metrics.top_lists(scores, k, history, first_case=start)
+        top = metrics.top_lists(scores, k, exclude, first_case=start)
         lists.append(top)
         kept.append(np.take_along_axis(scores, np.maximum(top, 0), axis=1))
     seconds = time.perf_counter() - begun
@@ -147,4 +166,4 @@ def rank(task: Task, score: ScoreBlock, k: int) -> Ranked:
 def against_negatives(s: Measured, task: Task, n: int) -> tuple[str, Task]:
     """The same cases against ``n`` frozen negatives each, and the protocol's name with sampler and seed."""
     name, negatives = frozen_negatives(s, task.cases, task.histories, n)
-    return name, Task(task.cases, task.histories, negatives)
+    return name, replace(task, candidates=negatives)

@@ -34,7 +34,6 @@ from instructrec_jax.cases import (
     ScoreBlock,
     Task,
     against_negatives,
-    case_histories,
     rank,
     rank_first,
     sample_cases,
@@ -97,7 +96,7 @@ def _evaluated(
         raise UserError(f"the {SPLIT_NAMES[split]} split has no cases", remedy="see data.split in the config")
     if not s.sizes.items:
         cases = sample_cases(cases, settings.likelihood_users or len(cases), s.config.train.seed + 1)
-    task = Task(cases, case_histories(s, cases))
+    task = Task.of(s.prepared.data, cases)
     protocol, wanted = "full", settings.protocol
     if wanted == "full" and not s.sizes.items:
         wanted = "1+9"
@@ -290,7 +289,7 @@ def _search(
     index = np.asarray([number for number, _ in keep], np.int64)
     wishes = [wish for _, wish in keep]
     chosen = Cases(sample.user[index], sample.end[index], sample.target[index])
-    task = Task(chosen, case_histories(s, chosen))
+    task = Task.of(s.prepared.data, chosen)
     plain = s.sequential_prompts(chosen)
     systems: dict[str, ScoreBlock] = {
         "model, wish": lambda a, b: scorer.score_all(alone[a:b]),
@@ -311,7 +310,7 @@ def _search(
 def _likelihood(s: Session, scorer: Scorer, cases: Cases, split: int, say: Say) -> EvaluationResult | None:
     """1+9 frozen candidates ranked by the likelihood of their titles, beside the item head on the same candidates."""
     sample = sample_cases(cases, s.config.evaluate.likelihood_users, s.config.train.seed + 1)
-    task = Task(sample, case_histories(s, sample))
+    task = Task.of(s.prepared.data, sample)
     if s.prepared.data.num_items < 20:
         say("  likelihood: the catalogue is too small for 1+9 candidates")
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Float
 
-from instructrec_jax.cases import case_histories, sample_cases
+from instructrec_jax.cases import case_histories, left_out, sample_cases
 from instructrec_jax.config import Config, ItemMemoryConfig
 from instructrec_jax.data.schema import VALID, Cases
 from instructrec_jax.errors import ConfigError
@@ -59,8 +58,9 @@ def check_memory(settings: ItemMemoryConfig, by_items: bool, items: int) -> None
 def fit_memory(s: Session, params: Any, run_dir: Path, say: Say) -> None:
     """Write the item memory of a run whose parameters are final.
 
-    The ridge and the weights are chosen by NDCG@10 on the validation cases (``smallest_near_best``), with links from training events.
-    Then the links are fitted once more with the validation events; the others stay beside them for who measures the validation split.
+    The ridge and the weights are the best by NDCG over the whole ranking of the validation cases, with links from training events: most
+    cases count nothing in NDCG@10, so it tells settings apart with more noise. Then the links are fitted once more with the validation
+    events; the others stay beside them for who measures the validation split.
 
     Raises:
         ConfigError: the catalogue is too large for the closed form.
@@ -101,7 +101,7 @@ class Chosen(NamedTuple):
     l2: float
     weights: tuple[float, ...]  # for I0, I1 and I2
     prior_weight: float
-    tried: list[dict[str, Any]]  # with the NDCG@10 of each
+    tried: list[dict[str, Any]]  # with the NDCG of each
 
 
 def _chosen(
@@ -118,56 +118,35 @@ def _chosen(
     prior = log_shares(data.train_popularity)
     tried: list[dict[str, Any]] = []
 
-    def choose(what: str, prompts: list[Any], some: Cases, links: dict[float, sp.csr_matrix], steps: tuple[float, ...]):
+    def best(what: str, prompts: list[Any], some: Cases, links: dict[float, sp.csr_matrix], steps: tuple[float, ...]):
         plain = scorer.score_all(prompts)
-        own, each = [], []
+        own = []
         for l2, matrix in links.items():
             added = ItemMemory(matrix, model.past, (1.0, 1.0, 1.0), prior, 1.0).scores(prompts)
-            for weight in steps:
-                each.append(ndcg_of_each(s, plain + weight * added, some))
-                own.append({"what": what, "l2": l2, "weight": weight, "ndcg@10": float(each[-1].mean())})
+            own += [{"what": what, "l2": l2, "weight": w, **ndcg(s, plain + w * added, some)} for w in steps]
         tried.extend(own)
-        return own[smallest_near_best([t["weight"] for t in own], np.stack(each))]
+        return max(own, key=lambda t: t["ndcg"])
 
     links = {}
     for model.l2 in ridges:
         links[model.l2] = strongest(model.solved(system), keep)
-    usual = choose("history", s.sequential_prompts(cases), cases, links, WEIGHTS)
+    usual = best("history", s.sequential_prompts(cases), cases, links, WEIGHTS)
     links = {usual["l2"]: links[usual["l2"]]}
     with_wish = 0.0
     asking, wishes = with_wishes(s, cases, "personal-search")
     if wishes:
-        with_wish = choose("history and wish", wishes, asking, links, WEIGHTS)["weight"]
+        with_wish = best("history and wish", wishes, asking, links, WEIGHTS)["weight"]
     unknown = [s.builder.recommend_prompt((), language=s.language)] * len(cases)
-    nothing = choose("nothing", unknown, cases, links, PRIOR_WEIGHTS)
+    nothing = best("nothing", unknown, cases, links, PRIOR_WEIGHTS)
     return Chosen(usual["l2"], (usual["weight"], with_wish, with_wish), nothing["weight"], tried)
 
 
-def smallest_near_best(weights: Sequence[float], quality: Float[np.ndarray, "settings cases"]) -> int:
-    """The setting to take: of those that are less than a standard error behind the best one, that with the smallest weight.
-
-    The error is of the paired difference over cases; among settings of that weight the best counts. The best of many settings is partly
-    the luckiest, and what a weight adds on a few hundred cases it may take away on others.
-
-    Source: the one-standard-error rule of Breiman, Friedman, Olshen and Stone (1984), section 3.4.3.
-    """
-    mean = quality.mean(axis=1)
-    behind = quality[mean.argmax()] - quality
-    error = behind.std(axis=1) / np.sqrt(quality.shape[1])
-    near = np.flatnonzero(behind.mean(axis=1) <= error)
-    least = min(weights[n] for n in near)
-    return int(max((n for n in near if weights[n] == least), key=lambda n: mean[n]))
-
-
-def ndcg_of_each(s: Session, scores: Float[np.ndarray, "cases I"], cases: Cases) -> Float[np.ndarray, " cases"]:
-    """NDCG@10 of each case, of scores over the whole catalogue."""
-    ranks = rank_of_target(scores, cases.target, case_histories(s, cases))
-    return metrics_at(ranks, (10,))["ndcg@10"]
-
-
-def ndcg(s: Session, scores: Float[np.ndarray, "cases I"], cases: Cases) -> float:
-    """Mean NDCG@10 of scores over the whole catalogue."""
-    return float(ndcg_of_each(s, scores, cases).mean())
+def ndcg(s: Session, scores: Float[np.ndarray, "cases I"], cases: Cases) -> dict[str, float]:
+    """Means over the cases of NDCG over the whole catalogue, cut at 10 (``ndcg@10``) and not cut (``ndcg``)."""
+    data = s.prepared.data
+    ranks = rank_of_target(scores, cases.target, left_out(data, case_histories(data, cases)))
+    cut = metrics_at(ranks, (10,))["ndcg@10"]
+    return {"ndcg@10": float(cut.mean()), "ndcg": float((1 / np.log2(1 + ranks.expected_rank)).mean())}
 
 
 def with_wishes(s: Session, cases: Cases, kind: str) -> tuple[Cases, list[Any]]:

@@ -74,7 +74,7 @@ def _chosen(s: Session, params: Any, run_dir: Path) -> Chosen:
         plain, match = scorer.score_all(prompts), words.scores(prompts)
         if memory is not None:
             plain = plain + memory.scores(prompts)
-        own = [{"what": kind, "weight": w, "ndcg@10": ndcg(s, plain + w * match, some)} for w in WEIGHTS]
+        own = [{"what": kind, "weight": w, **ndcg(s, plain + w * match, some)} for w in WEIGHTS]
         weights.append(max(own, key=lambda t: t["ndcg@10"])["weight"])
         tried.extend(own)
     return Chosen(tuple(weights), tried)

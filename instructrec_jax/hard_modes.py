@@ -10,12 +10,13 @@ split and beside the same classic recommenders:
 * *history order*: the same history as it was, reversed, and shuffled;
 * *candidate order*: the same ten candidates shown in several orders.
 
-What a ranking leaves out is always the user's whole history, whatever the system is shown of it.
+What a ranking leaves out is always the user's whole history, whatever the system is shown of it (nothing where users have items again).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import numpy as np
 from jaxtyping import Int
 
 from instructrec_jax import baseline_store, retrieval
-from instructrec_jax.cases import Ranked, ScoreBlock, Task, case_histories, rank, rank_first, sample_cases
+from instructrec_jax.cases import Ranked, ScoreBlock, Task, rank, rank_first, sample_cases
 from instructrec_jax.data.schema import SPLIT_NAMES, TEST, Cases
 from instructrec_jax.errors import UserError
 from instructrec_jax.evaluate import MODEL, fit_baselines
@@ -97,7 +98,7 @@ class HardModes:
     ):
         self.s, self.scorer, self.fitted, self.cases, self.split, self.say = s, scorer, fitted, cases, split, say
         self.data = s.prepared.data
-        self.task = Task(cases, case_histories(s, cases))
+        self.task = Task.of(self.data, cases)
 
     @cached_property
     def usual(self) -> dict[str, Ranked]:
@@ -127,9 +128,8 @@ class HardModes:
             return []
         self.say(f"  cold items: {len(chosen):,} cases, {len(unseen):,} items")
         cases = _some(self.cases, chosen)
-        histories = [self.task.histories[i] for i in chosen]
-        task = Task(cases, histories, np.broadcast_to(unseen, (len(cases), len(unseen))))
-        return [self._table(self._ranked(task, histories), cases, "among the items unseen in training")]
+        task = replace(Task.of(self.data, cases), candidates=np.broadcast_to(unseen, (len(cases), len(unseen))))
+        return [self._table(self._ranked(task, task.histories), cases, "among the items unseen in training")]
 
     def hard_negatives(self) -> list[EvaluationResult]:
         """The target against the best n of the strongest classic recommender."""
@@ -141,7 +141,7 @@ class HardModes:
             if self.data.num_items <= n + 1:
                 continue
             self.say(f"  hard negatives: {n} by {retriever}")
-            task = Task(self.cases, self.task.histories, self._rivals(retriever, n))
+            task = replace(self.task, candidates=self._rivals(retriever, n))
             protocol = f"1+{n} hard, by {retriever}"
             tables.append(self._table(self._ranked(task, self.task.histories), self.cases, protocol))
         return tables
@@ -220,7 +220,7 @@ class HardModes:
         for start in range(0, len(self.cases), 512):
             history, target = self.task.histories[start : start + 512], self.cases.target[start : start + 512]
             scores = self.fitted[name].score(history)
-            known = [np.append(h, t) for h, t in zip(history, target)]
+            known = [np.append([] if self.data.repeats else h, t).astype(int) for h, t in zip(history, target)]
             blocks.append(metrics.top_lists(scores, n, known, first_case=start))
         return np.concatenate(blocks)
 

@@ -17,7 +17,15 @@ from instructrec_jax import config as configs
 from instructrec_jax import fit_memory as memories
 from instructrec_jax import fit_words as wishes
 from instructrec_jax import prepare
-from instructrec_jax.cases import case_histories, frozen_negatives, rank_cases, rank_first, sample_cases, with_target
+from instructrec_jax.cases import (
+    case_histories,
+    frozen_negatives,
+    left_out,
+    rank_cases,
+    rank_first,
+    sample_cases,
+    with_target,
+)
 from instructrec_jax.config import Config
 from instructrec_jax.data.loader import training_iterator
 from instructrec_jax.data.mixture import Space
@@ -341,16 +349,18 @@ class Validation:
             raise UserError(
                 f"the validation split{where} is empty", remedy="see data.split and data.clean.min_user_events"
             )
-        self._histories = case_histories(s, self._cases)
+        data = s.prepared.data
+        histories = case_histories(data, self._cases)
+        self._exclude = left_out(data, histories)
         self._prompts = s.prompts("sequential" if s.by_items else "describe", self._cases)
         if not s.by_items:
-            self._lists = with_target(self._cases, frozen_negatives(s, self._cases, self._histories, 9)[1])
+            self._lists = with_target(self._cases, frozen_negatives(s, self._cases, histories, 9)[1])
 
     def __call__(self, variables: Any, leave: Callable[[], None]) -> dict[str, float]:
         """Means over the cases. ``leave`` is called between device batches."""
         scorer = self.session.scorer(variables, between=leave)
         if self.session.by_items:
-            ranks = rank_cases(scorer, self._prompts, self._cases, self._histories)
+            ranks = rank_cases(scorer, self._prompts, self._cases, self._exclude)
         else:
             scores = scorer.score([Request(p, c) for p, c in zip(self._prompts, self._lists)], "likelihood")
             ranks = rank_first(np.stack(scores))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from instructrec_jax.cases import case_histories, rank_cases, sample_cases
+from instructrec_jax.cases import case_histories, left_out, rank_cases, sample_cases
 from instructrec_jax.data.schema import SPLIT_NAMES, Cases
 from instructrec_jax.evaluation.table import EvaluationResult, Row
 from instructrec_jax.instructions.example import InstructionExample
@@ -37,12 +37,13 @@ def measure(s: Session, scorer: Scorer, cases: Cases, split: int, say: Say) -> E
         return None
     chosen = Cases(sample.user[keep], sample.end[keep], sample.target[keep])
     say(f"  wordings: {len(chosen):,} cases, {len(asked)} wordings")
-    histories = case_histories(s, chosen)
+    data = s.prepared.data
+    exclude = left_out(data, case_histories(data, chosen))
     rows: list[Row] = []
     groups: dict[str, list[Row]] = {}
     for (kind, _), prompts in asked.items():
         kept = [p for n in keep if (p := prompts[n])]
-        ranks = rank_cases(scorer, kept, chosen, histories)
+        ranks = rank_cases(scorer, kept, chosen, exclude)
         state = _state(s, kind, kept[0].template)
         rows.append(
             Row.from_ranks(f"{kind}: {kept[0].template}, {state}", chosen.user, ranks, _CUTOFFS, baseline=False)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
 from instructrec_jax.config import ItemMemoryConfig
-from instructrec_jax.data.schema import SplitData
+from instructrec_jax.data.schema import TEST, SplitData
 from instructrec_jax.errors import ConfigError, DataError
-from instructrec_jax.fit_memory import check_memory, smallest_near_best
+from instructrec_jax.fit_memory import check_memory, ndcg
 from instructrec_jax.instructions.example import Feature, InstructionExample
 from instructrec_jax.retrieval.slit import SLIT, recent
 from instructrec_jax.scoring.item_memory import ItemMemory, log_shares, strongest
 from instructrec_jax.scoring.scorer import added
 from tests.test_baselines import toy
+from tests.test_recommendations import toy as split_toy
 
 PRIOR = np.array([-1.0, -2.0, -3.0, -4.0], np.float32)
 MEMORY = ItemMemory(sp.csr_matrix(np.arange(16, dtype=np.float32).reshape(4, 4)), 2, (2.0, 0.5, 0.25), PRIOR, 3.0)
@@ -118,17 +120,14 @@ def test_an_item_memory_that_could_not_be_fitted_is_refused_before_the_first_ste
         check_memory(ItemMemoryConfig(past=20, weights=(1.0, 2.0)), True, 10)
 
 
-def test_of_settings_within_an_error_of_the_best_the_smallest_weight_is_taken() -> None:
-    r = np.random.default_rng(0)
-    noise = r.random(400)
-    weights = [0.0, 2.0, 8.0, 32.0]
-    # 8 and 32 differ by chance alone, 0 and 2 are behind in most cases.
-    quality = np.stack(
-        [noise, noise + 0.02 * r.random(400), noise + 0.1 + 0.2 * r.random(400), noise + 0.1 + 0.2 * r.random(400)]
-    )
-    assert abs(np.diff(quality.mean(1))[2]) < 0.02
-    assert smallest_near_best(weights, quality) == 2
-    assert smallest_near_best(weights[::-1], quality) == 3  # the same figures, the weights the other way round
-    # Two ridges: of those with the same weight the better one.
-    assert smallest_near_best([4.0, 4.0], np.stack([noise, noise + 1e-3])) == 1
-    assert smallest_near_best([0.0, 2.0], np.stack([noise, noise])) == 0
+def test_the_whole_ranking_counts_where_the_first_ten_say_nothing() -> None:
+    """By hand: one target is 3rd of 40, the other 19th and then 14th, for the user has had two of the items above it."""
+    data = split_toy(histories=((5, 6, 2), (7, 0, 20)), items=40)
+    s, cases = SimpleNamespace(prepared=SimpleNamespace(data=data)), data.cases(TEST)
+    scores = np.tile(-np.arange(40.0), (2, 1))
+    found = ndcg(s, scores, cases)  # pyright: ignore[reportArgumentType]
+    scores[1, 20] = -14.5
+    better = ndcg(s, scores, cases)  # pyright: ignore[reportArgumentType]
+    assert found["ndcg"] == pytest.approx((1 / np.log2(4) + 1 / np.log2(20)) / 2)
+    assert found["ndcg@10"] == better["ndcg@10"] == pytest.approx(1 / np.log2(4) / 2)
+    assert better["ndcg"] == pytest.approx((1 / np.log2(4) + 1 / np.log2(15)) / 2)

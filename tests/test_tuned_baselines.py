@@ -87,7 +87,7 @@ def test_the_command_and_the_table_of_evaluate(config: Config) -> None:
     # Evaluate ranks the tuned ones as they were ranked here, beside those that it fits itself, on any candidates.
     fitted = fit_baselines(s, include_valid=True, say=lambda _: None)
     assert set(fitted) == {*config.evaluate.baselines, "ease_last", "gmf"}
-    task = Task(cases, case_histories(s, cases))
+    task = Task.of(s.prepared.data, cases)
     for name in ("ease_last", "gmf"):
         with jax.set_mesh(make_mesh(config.mesh)):  # all devices, as in evaluate
             again = rank(task, lambda a, b, r=fitted[name][0]: r.score(task.histories[a:b], cases.user[a:b]), 20).ranks
@@ -104,7 +104,7 @@ def test_the_command_and_the_table_of_evaluate(config: Config) -> None:
         json.loads((folder / "gmf" / "trials.json").read_text(encoding="utf-8"))["trials"], key=lambda t: t["ndcg"]
     )
     cases = s.prepared.data.cases(VALID)
-    task = Task(cases, case_histories(s, cases))
+    task = Task.of(s.prepared.data, cases)
     found = rank(task, lambda a, b: valid["gmf"][0].score(task.histories[a:b], cases.user[a:b]), 10).ranks
     assert metrics.metrics_at(found, (10,))["ndcg@10"].mean() == pytest.approx(trial["ndcg"])
 

@@ -127,6 +127,12 @@ class SplitData:
         """User index of every event."""
         return np.repeat(np.arange(self.num_users), np.diff(self.offsets))
 
+    @cached_property
+    def repeats(self) -> bool:
+        """Whether somebody has an item more than once: what a user had may be what they want next, so rankings leave nothing out."""
+        pairs = self.user * np.int64(self.num_items) + self.item
+        return len(np.unique(pairs)) < len(pairs)
+
     def history(self, user: int, end: int | None = None) -> Int[np.ndarray, " n"]:
         """Items of a user's events before event index ``end`` (default: all training events), oldest first."""
         start, stop = int(self.offsets[user]), int(self.offsets[user + 1])

@@ -101,7 +101,9 @@ def validation(data: SplitData, score: Score, budget: Budget) -> Callable[[Param
         for start in range(0, len(cases), _BLOCK):
             part = slice(start, start + _BLOCK)
             scores = score(params, histories[part], cases.user[part])
-            parts.append(rank_of_target(scores, cases.target[part], histories[part], first_case=start))
+            # Where users have items again nothing is left out, as in an evaluation.
+            exclude = None if data.repeats else histories[part]
+            parts.append(rank_of_target(scores, cases.target[part], exclude, first_case=start))
         return float(metrics_at(TargetRank.concatenate(parts), (10,))["ndcg@10"].mean())
 
     return mean
