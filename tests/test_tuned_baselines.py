@@ -149,7 +149,7 @@ def test_the_tuned_number_of_last_events_is_the_best_of_all_by_hand(config: Conf
     data, grid = s.prepared.data, retrieval.class_of("ease_last").grid
     assert len(trials) == len(grid["last"]) * len(grid["l2"]) == 48
     cases = data.cases(VALID)
-    seen = case_histories(s, cases)
+    seen = case_histories(s.prepared.data, cases)
     figures = {}
     for l2 in grid["l2"]:
         whole = EASE(l2).fit(data)

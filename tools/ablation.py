@@ -89,7 +89,7 @@ def measured(run_dir: Path) -> dict[str, float]:
                 continue
             kept.append(number)
         some = Cases(cases.user[kept], cases.end[kept], cases.target[kept])
-        _, negatives = frozen_negatives(s, some, case_histories(s, some), 9)
+        _, negatives = frozen_negatives(s, some, case_histories(s.prepared.data, some), 9)
         lists = with_target(some, negatives)
         # The model alone: words that are looked up beside it know every wish, whatever was trained.
         scorer = s.scorer(params, words=False)
