@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -37,19 +37,6 @@ def sample_cases(cases: Cases, most: int, seed: int) -> Cases:
         return cases
     pick = np.sort(np.random.default_rng(seed).choice(len(cases), most, replace=False))
     return Cases(cases.user[pick], cases.end[pick], cases.target[pick])
-
-
-def case_histories(data: SplitData, cases: Cases) -> list[Int[np.ndarray, " n"]]:
-    """All events before each case's target."""
-    return [data.history(int(u), int(e)) for u, e in zip(cases.user, cases.end)]
-
-
-def left_out(data: SplitData, histories: list[Int[np.ndarray, " n"]]) -> list[Int[np.ndarray, " n"]] | None:
-    """What is no candidate of a ranking: the items of the history, or None, nothing, where users have items again.
-
-    There, leaving the history out but for the target would put a target that the user had before above all that resembles it.
-    """
-    return None if data.repeats else histories
 
 
 def frozen_negatives(
@@ -100,11 +87,15 @@ def rank_first(scores: Float[np.ndarray, "cases C"]) -> metrics.TargetRank:
 
 
 def rank_cases(
-    scorer: Scorer, prompts: list[InstructionExample], cases: Cases, exclude: list[np.ndarray] | None, block: int = 1024
+    scorer: Scorer,
+    prompts: list[InstructionExample],
+    cases: Cases,
+    exclude: Sequence[np.ndarray] | None,
+    block: int = 1024,
 ) -> metrics.TargetRank:
     """Full-catalogue ranks of the targets, a block of cases at a time: scores ``[block, I]`` are never kept.
 
-    ``exclude``: as of ``left_out``.
+    ``exclude``: as of ``SplitData.left_out``.
     """
     parts = []
     for start in range(0, len(cases), block):
@@ -124,14 +115,14 @@ class Task:
 
     cases: Cases
     histories: list[Int[np.ndarray, " n"]]
-    exclude: list[Int[np.ndarray, " n"]] | None  # see ``left_out``
+    exclude: Sequence[Int[np.ndarray, " n"]] | None  # see ``SplitData.left_out``
     candidates: Int[np.ndarray, "cases C"] | None = None
 
     @classmethod
     def of(cls, data: SplitData, cases: Cases) -> Task:
         """Full ranking of cases."""
-        histories = case_histories(data, cases)
-        return cls(cases, histories, left_out(data, histories))
+        histories = data.histories(cases)
+        return cls(cases, histories, data.left_out(histories))
 
 
 @dataclass(frozen=True)

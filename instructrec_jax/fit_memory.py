@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Float
 
-from instructrec_jax.cases import case_histories, left_out, sample_cases
+from instructrec_jax.cases import sample_cases
 from instructrec_jax.config import Config, ItemMemoryConfig
 from instructrec_jax.data.schema import VALID, Cases
 from instructrec_jax.errors import ConfigError
@@ -144,7 +144,7 @@ def _chosen(
 def ndcg(s: Session, scores: Float[np.ndarray, "cases I"], cases: Cases) -> dict[str, float]:
     """Means over the cases of NDCG over the whole catalogue, cut at 10 (``ndcg@10``) and not cut (``ndcg``)."""
     data = s.prepared.data
-    ranks = rank_of_target(scores, cases.target, left_out(data, case_histories(data, cases)))
+    ranks = rank_of_target(scores, cases.target, data.left_out(data.histories(cases)))
     cut = metrics_at(ranks, (10,))["ndcg@10"]
     return {"ndcg@10": float(cut.mean()), "ndcg": float((1 / np.log2(1 + ranks.expected_rank)).mean())}
 

@@ -220,7 +220,7 @@ class HardModes:
         for start in range(0, len(self.cases), 512):
             history, target = self.task.histories[start : start + 512], self.cases.target[start : start + 512]
             scores = self.fitted[name].score(history)
-            known = [np.append([] if self.data.repeats else h, t).astype(int) for h, t in zip(history, target)]
+            known = [[t] if self.data.repeats else np.append(h, t) for h, t in zip(history, target)]
             blocks.append(metrics.top_lists(scores, n, known, first_case=start))
         return np.concatenate(blocks)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from instructrec_jax.cases import left_out
 from instructrec_jax.data.privacy import user_keys
 from instructrec_jax.errors import UserError, did_you_mean
 from instructrec_jax.evaluation.metrics import top_lists
@@ -67,7 +66,7 @@ def recommend(
             history, wish, preference, language or s.language, features=features, pauses=pauses
         )
         scores = s.scorer(params, batch_size=1).score_all([prompt])
-        top = top_lists(scores, count, left_out(data, [np.asarray(history, np.int64)]))[0]
+        top = top_lists(scores, count, data.left_out([np.asarray(history, np.int64)]))[0]
         titles, genres = data.catalogue.titles, [data.catalogue.lists(c) for c in s.config.data.list_columns]
         return {
             "user": user,

@@ -26,14 +26,6 @@ from instructrec_jax.hard_modes import FILE as HARD_MODES
 
 METRICS = ("ndcg@10", "hr@10", "mrr@10")
 SAMPLED_METRICS = ("hr@1", "hr@3", "hr@5", "ndcg@5")
-
-
-def _shown(table: EvaluationResult) -> list[str]:
-    """A table's columns: among ten candidates everybody is in the first ten."""
-    names = [m for m in METRICS if m in table.rows[0].metrics]
-    return list(SAMPLED_METRICS) if table.protocol.startswith("1+9") or not names else names
-
-
 PARTS = ("next_item", "search", "likelihood", "wordings")
 HARD = "hard-modes"  # the protocol of ``instructrec hard-modes``, whose tables are in a file of their own
 # They differ between machines and seeds, or only measure.
@@ -148,6 +140,12 @@ def _commands(runs: Sequence[SeedRun], preset: str) -> list[str]:
 
 def _word(value: Any) -> str:
     return f"'{value}'" if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _shown(table: EvaluationResult) -> list[str]:
+    """A table's columns: among ten candidates everybody is in the first ten."""
+    names = [m for m in METRICS if m in table.rows[0].metrics]
+    return list(SAMPLED_METRICS) if table.protocol.startswith("1+9") or not names else names
 
 
 def _table(results: Sequence[EvaluationResult]) -> list[str]:

@@ -17,15 +17,7 @@ from instructrec_jax import config as configs
 from instructrec_jax import fit_memory as memories
 from instructrec_jax import fit_words as wishes
 from instructrec_jax import prepare
-from instructrec_jax.cases import (
-    case_histories,
-    frozen_negatives,
-    left_out,
-    rank_cases,
-    rank_first,
-    sample_cases,
-    with_target,
-)
+from instructrec_jax.cases import frozen_negatives, rank_cases, rank_first, sample_cases, with_target
 from instructrec_jax.config import Config
 from instructrec_jax.data.loader import training_iterator
 from instructrec_jax.data.mixture import Space
@@ -350,8 +342,8 @@ class Validation:
                 f"the validation split{where} is empty", remedy="see data.split and data.clean.min_user_events"
             )
         data = s.prepared.data
-        histories = case_histories(data, self._cases)
-        self._exclude = left_out(data, histories)
+        histories = data.histories(self._cases)
+        self._exclude = data.left_out(histories)
         self._prompts = s.prompts("sequential" if s.by_items else "describe", self._cases)
         if not s.by_items:
             self._lists = with_target(self._cases, frozen_negatives(s, self._cases, histories, 9)[1])

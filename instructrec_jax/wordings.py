@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from instructrec_jax.cases import case_histories, left_out, rank_cases, sample_cases
+from instructrec_jax.cases import rank_cases, sample_cases
 from instructrec_jax.data.schema import SPLIT_NAMES, Cases
 from instructrec_jax.evaluation.table import EvaluationResult, Row
 from instructrec_jax.instructions.example import InstructionExample
@@ -38,7 +38,7 @@ def measure(s: Session, scorer: Scorer, cases: Cases, split: int, say: Say) -> E
     chosen = Cases(sample.user[keep], sample.end[keep], sample.target[keep])
     say(f"  wordings: {len(chosen):,} cases, {len(asked)} wordings")
     data = s.prepared.data
-    exclude = left_out(data, case_histories(data, chosen))
+    exclude = data.left_out(data.histories(chosen))
     rows: list[Row] = []
     groups: dict[str, list[Row]] = {}
     for (kind, _), prompts in asked.items():

@@ -98,7 +98,7 @@ def test_a_protocol_on_hard_negatives(plain: tuple, tmp_path: Path) -> None:
     settings = EvaluateConfig(negatives="file", negatives_file=str(file))
     with run.session(replace(config, evaluate=settings)) as s:
         cases = data.cases(TEST)
-        histories = run.case_histories(s.prepared.data, cases)
+        histories = s.prepared.data.histories(cases)
         name, negatives = run.frozen_negatives(s, cases, histories, 9)
         assert name.startswith("1+9 hard popular")
         order = np.argsort(-data.train_popularity, kind="stable")

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from instructrec_jax import baseline_store, baselines, prepare, retrieval
 from instructrec_jax import config as configs
-from instructrec_jax.cases import Task, case_histories, rank
+from instructrec_jax.cases import Task, rank
 from instructrec_jax.cli import cli
 from instructrec_jax.config import Config
 from instructrec_jax.data.schema import TEST, VALID
@@ -149,7 +149,7 @@ def test_the_tuned_number_of_last_events_is_the_best_of_all_by_hand(config: Conf
     data, grid = s.prepared.data, retrieval.class_of("ease_last").grid
     assert len(trials) == len(grid["last"]) * len(grid["l2"]) == 48
     cases = data.cases(VALID)
-    seen = case_histories(s.prepared.data, cases)
+    seen = s.prepared.data.histories(cases)
     figures = {}
     for l2 in grid["l2"]:
         whole = EASE(l2).fit(data)

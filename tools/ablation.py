@@ -23,7 +23,7 @@ import numpy as np
 
 from instructrec_jax import config as configs
 from instructrec_jax import prepare
-from instructrec_jax.cases import case_histories, frozen_negatives, rank_first, with_target
+from instructrec_jax.cases import frozen_negatives, rank_first, with_target
 from instructrec_jax.config import Config
 from instructrec_jax.data.schema import TEST, Cases
 from instructrec_jax.evaluation.metrics import metrics_at
@@ -89,7 +89,7 @@ def measured(run_dir: Path) -> dict[str, float]:
                 continue
             kept.append(number)
         some = Cases(cases.user[kept], cases.end[kept], cases.target[kept])
-        _, negatives = frozen_negatives(s, some, case_histories(s.prepared.data, some), 9)
+        _, negatives = frozen_negatives(s, some, s.prepared.data.histories(some), 9)
         lists = with_target(some, negatives)
         # The model alone: words that are looked up beside it know every wish, whatever was trained.
         scorer = s.scorer(params, words=False)

@@ -19,7 +19,7 @@ Arrow schema (``RawData``), column by column:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -139,6 +139,17 @@ class SplitData:
         if end is None:
             return self.item[start:stop][self.split[start:stop] == TRAIN]
         return self.item[start:end]
+
+    def histories(self, cases: Cases) -> list[Int[np.ndarray, " n"]]:
+        """All events before each case's target."""
+        return [self.history(int(user), int(end)) for user, end in zip(cases.user, cases.end)]
+
+    def left_out(self, histories: Sequence[Int[np.ndarray, " n"]]) -> Sequence[Int[np.ndarray, " n"]] | None:
+        """What is no candidate of a ranking: the items of the history, or None, nothing, where users have items again.
+
+        There, leaving the history out but for the target would put a target that the user had before above all that resembles it.
+        """
+        return None if self.repeats else histories
 
     def part(self, first: int, last: int) -> SplitData:
         """Users ``first`` to ``last`` (exclusive) as data of their own, without copies; tags and the users table stay with the whole."""

@@ -94,16 +94,16 @@ def validation(data: SplitData, score: Score, budget: Budget) -> Callable[[Param
     if len(cases) > budget.users:
         pick = np.sort(np.random.default_rng(budget.seed).choice(len(cases), budget.users, replace=False))
         cases = Cases(cases.user[pick], cases.end[pick], cases.target[pick])
-    histories = [data.history(int(u), int(e)) for u, e in zip(cases.user, cases.end)]
+    histories = data.histories(cases)
+    exclude = data.left_out(histories)
 
     def mean(params: Params) -> float:
         parts = []
         for start in range(0, len(cases), _BLOCK):
             part = slice(start, start + _BLOCK)
             scores = score(params, histories[part], cases.user[part])
-            # Where users have items again nothing is left out, as in an evaluation.
-            exclude = None if data.repeats else histories[part]
-            parts.append(rank_of_target(scores, cases.target[part], exclude, first_case=start))
+            out = exclude and exclude[part]
+            parts.append(rank_of_target(scores, cases.target[part], out, first_case=start))
         return float(metrics_at(TargetRank.concatenate(parts), (10,))["ndcg@10"].mean())
 
     return mean
