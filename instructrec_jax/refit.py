@@ -17,6 +17,7 @@ from instructrec_jax.config import Config, ItemMemoryConfig, WishWordsConfig
 from instructrec_jax.errors import DataError, UserError
 from instructrec_jax.files import path_of, read_json
 from instructrec_jax.fit_memory import CHOSEN
+from instructrec_jax.fit_new_items import load_lift
 from instructrec_jax.training import hosts
 
 
@@ -53,7 +54,10 @@ def refit_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
         name=f"{config.name}-refit",
         data=dataclasses.replace(config.data, split=dataclasses.replace(config.data.split, learn_valid=True)),
         model=dataclasses.replace(
-            config.model, item_memory=_memory(config, run_dir), wish_words=_words(config, run_dir)
+            config.model,
+            item_memory=_memory(config, run_dir),
+            wish_words=_words(config, run_dir),
+            new_item_lift=load_lift(config, run_dir) or config.model.new_item_lift,
         ),
         train=dataclasses.replace(config.train, steps=steps),
     )

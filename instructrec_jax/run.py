@@ -15,15 +15,14 @@ from jaxtyping import Int
 
 from instructrec_jax import config as configs
 from instructrec_jax import fit_memory as memories
+from instructrec_jax import fit_new_items as new_items
 from instructrec_jax import fit_words as wishes
 from instructrec_jax import prepare
-from instructrec_jax.cases import frozen_negatives, rank_cases, rank_first, sample_cases, with_target
 from instructrec_jax.config import Config
 from instructrec_jax.data.loader import training_iterator
 from instructrec_jax.data.mixture import Space
-from instructrec_jax.data.schema import VALID, Cases
+from instructrec_jax.data.schema import Cases
 from instructrec_jax.errors import ConfigError, UserError
-from instructrec_jax.evaluation.metrics import metrics_at
 from instructrec_jax.files import path_of
 from instructrec_jax.instructions.build import Builder
 from instructrec_jax.instructions.example import InstructionExample
@@ -34,13 +33,14 @@ from instructrec_jax.models.item_start import begin_at_titles, check_item_start
 from instructrec_jax.models.language_model import Sizes
 from instructrec_jax.models.new_items import with_new_items
 from instructrec_jax.models.sharding import RULES, check_divides, padded, put
-from instructrec_jax.scoring import Request, Scorer
+from instructrec_jax.scoring import Scorer
 from instructrec_jax.training import hosts
 from instructrec_jax.training.checkpoint import METRIC, Checkpoints
 from instructrec_jax.training.goodput import Ledger
 from instructrec_jax.training.loop import Finished, train
 from instructrec_jax.training.mesh import data_slice, make_mesh
 from instructrec_jax.training.step import init_model
+from instructrec_jax.validation import Validation
 
 Say = Callable[[str], None]
 
@@ -271,7 +271,7 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
         trained_params, frozen = s.start()
 
         def validate(params: Any, leave: Callable[[], None]) -> dict[str, float]:
-            variables = with_new_items(adapters.join(params, frozen), s.learnt)
+            variables = with_new_items(adapters.join(params, frozen), s.learnt, config.model.new_item_lift or 0.0)
             found = [validation(variables, leave) for validation in validations]
             mean = {key: float(np.mean([values[key] for values in found])) for key in found[0]}
             if len(found) == 1:
@@ -315,7 +315,7 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
 
 
 def _fit_beside(s: Session, learning: list[Session], run_dir: Path, say: Say) -> None:
-    """What counts beside the matching head of a finished run, unless it is there: item memory, and then the words of a wish."""
+    """What counts beside the matching head of a finished run, unless it is there: item memory, then words of a wish and new items."""
     o, wanted = s.config.model, []
     for part in learning:
         folder = set_dir(run_dir, part.space)
@@ -323,42 +323,12 @@ def _fit_beside(s: Session, learning: list[Session], run_dir: Path, say: Say) ->
             wanted.append((memories.fit_memory, part, folder))
         if o.wish_words.enabled and not (folder / wishes.CHOSEN).is_file():
             wanted.append((wishes.fit_words, part, folder))
+        if new_items.wants_lift(part) and not (folder / new_items.CHOSEN).is_file():
+            wanted.append((new_items.fit_new_items, part, folder))
     if wanted:
         params, _ = best_params(s, run_dir)
         for fit, part, folder in wanted:
             fit(part, params, folder, say)
-
-
-class Validation:
-    """The validation cases of one data set with their prompts, made once, and the metrics of parameters on them."""
-
-    def __init__(self, s: Session):
-        """Raises UserError where the split has no events."""
-        self.session, train = s, s.config.train
-        self._cases = sample_cases(s.prepared.data.cases(VALID), train.eval_users, train.seed)
-        if not len(self._cases):
-            where = f" of {s.config.name}" if s.space else ""
-            raise UserError(
-                f"the validation split{where} is empty", remedy="see data.split and data.clean.min_user_events"
-            )
-        data = s.prepared.data
-        histories = data.histories(self._cases)
-        self._exclude = data.left_out(histories)
-        self._prompts = s.prompts("sequential" if s.by_items else "describe", self._cases)
-        if not s.by_items:
-            self._lists = with_target(self._cases, frozen_negatives(s, self._cases, histories, 9)[1])
-
-    def __call__(self, variables: Any, leave: Callable[[], None]) -> dict[str, float]:
-        """Means over the cases. ``leave`` is called between device batches."""
-        scorer = self.session.scorer(variables, between=leave)
-        if self.session.by_items:
-            ranks = rank_cases(scorer, self._prompts, self._cases, self._exclude)
-        else:
-            scores = scorer.score([Request(p, c) for p, c in zip(self._prompts, self._lists)], "likelihood")
-            ranks = rank_first(np.stack(scores))
-        cutoffs = (10,) if self.session.by_items else (1, 3, 5, 10)
-        values = metrics_at(ranks, cutoffs)
-        return {f"{m}@{k}": float(values[f"{m}@{k}"].mean()) for k in cutoffs for m in ("ndcg", "hr")}
 
 
 def set_dir(run_dir: Path, space: Space | None) -> Path:
@@ -380,7 +350,8 @@ def best_params(s: Session, run_dir: Path) -> tuple[Any, int]:
             raise UserError(f"{run_dir} has no complete checkpoint yet", remedy="run `instructrec train` on its config")
         trained_params, frozen = s.start()
         restored = checkpoints.restore_params(step, trained_params, ema=bool(config.train.ema))
-        return with_new_items(adapters.join(restored, frozen), s.learnt), step
+        lift = new_items.load_lift(config, run_dir)
+        return with_new_items(adapters.join(restored, frozen), s.learnt, lift), step
     finally:
         checkpoints.close()
 

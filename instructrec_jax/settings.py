@@ -186,6 +186,8 @@ class ModelConfig:
     rerank_head: bool = False  # a second head for short lists of candidates: P_i = softmax(θᵀσ(f_i + g) + β_i)
     item_memory: ItemMemoryConfig = ItemMemoryConfig()
     wish_words: WishWordsConfig = WishWordsConfig()
+    # Logits of items without a training event above the mean bias of the rarest seen tenth; null = chosen on validation
+    new_item_lift: float | None = None
     item_id_embedding: bool = True  # learned part of the item vector beside the content projection
     # Where the learned part of an item vector begins: small random values, or the word vectors of its title (published models)
     item_start: Literal["random", "titles"] = "random"

@@ -26,9 +26,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# Most of the time is the compiler's, for programs that run once: it leaves out its costly passes, which halves it. XLA_FLAGS= has
-# them all, as users do; `make parity` compares those.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the time is the compiler's, for programs that run once: it leaves out its costly passes and makes one module of a program, not
+# parts for many threads, which halves it. XLA_FLAGS= has them all, as users do; `make parity` compares those.
+_quick = ("backend_optimization_level=0", "llvm_disable_expensive_passes=true", "cpu_parallel_codegen_split_count=1")
+os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{flag}" for flag in _quick))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

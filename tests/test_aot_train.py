@@ -11,7 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
@@ -106,18 +109,41 @@ def test_collectives_of_a_module_that_this_compiler_wrote() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 41, 42, 43, 100])
-@pytest.mark.parametrize("known", [{}, {4: 100, 16: 340}])
-def test_the_largest_batch(limit: int, known: dict[int, int]) -> None:
+@pytest.mark.parametrize("known", [(), (4, 16)])
+@pytest.mark.parametrize("told", [True, False])
+def test_the_largest_batch(limit: int, known: tuple[int, ...], told: bool) -> None:
     asked = []
 
-    def fits(rows: int) -> bool:
+    def ask(rows: int) -> tuple[bool, int]:
         asked.append(rows)
-        return rows <= limit
+        return rows <= limit, 20 + 20 * rows if rows <= limit or told else 0
 
-    known = {rows: size for rows, size in known.items() if rows <= limit}
-    assert largest(fits, known, 20 + 20 * limit, most=64) == min(limit, 64)
-    assert len(asked) == len(set(asked)) <= (2 if len(known) == 2 else 12)
+    begin = {rows: ask(rows) for rows in known}
+    asked.clear()
+    assert largest(ask, begin, 20 + 20 * limit, most=64) == min(limit, 64)
+    assert len(asked) == len(set(asked)) <= (2 if known and limit >= 16 else 12)
     assert all(0 < rows <= 64 for rows in asked)
+
+
+@given(
+    slopes=st.lists(st.integers(1, 60), min_size=1, max_size=5),
+    within=st.sampled_from([0.0, 0.01, 0.1]),
+    memory=st.integers(0, 60_000),
+)
+def test_the_largest_batch_of_bytes_that_bend(slopes: list[int], within: float, memory: int) -> None:
+    """Bytes that grow by another slope every 200 sequences: the search ends at the largest, or as near as it is asked to come."""
+    size = np.cumsum([slopes[min(n // 200, len(slopes) - 1)] for n in range(1025)])
+    asked = []
+
+    def ask(rows: int) -> tuple[bool, int]:
+        asked.append(rows)
+        return bool(size[rows] <= memory), int(size[rows])
+
+    begin = {rows: (bool(size[rows] <= memory), int(size[rows])) for rows in (4, 16)}
+    found = largest(ask, begin, memory, most=1024, within=within)
+    true = int(np.searchsorted(size, memory, side="right")) - 1
+    assert found <= max(true, 0) <= found * (1 + within)
+    assert len(asked) <= 16
 
 
 def test_exit_status_and_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,9 +10,11 @@ import pytest
 
 from instructrec_jax import config as configs
 from instructrec_jax import prepare
-from instructrec_jax.cases import rank
+from instructrec_jax.cases import rank, sample_cases
 from instructrec_jax.data.schema import TEST
 from instructrec_jax.evaluate import fit_baselines
+from instructrec_jax.files import read_json
+from instructrec_jax.fit_new_items import CHOSEN, SHARE
 from instructrec_jax.hard_modes import HardModes, hard_modes
 from instructrec_jax.run import train_run, trained
 from tests.tiny import tiny_config, write_slice
@@ -85,3 +87,15 @@ def test_what_is_ranked(run_dir: Path) -> None:
             assert (one.prompt, one.prompt_items, one.features) == (usual.prompt, usual.prompt_items, usual.features)
         ranked = rank(hard.task, hard._model(hard.task.histories), 10)
         np.testing.assert_array_equal(ranked.ranks.greater, hard.usual["model"].ranks.greater)
+
+
+def test_new_items_stand_as_high_as_validation_says(run_dir: Path) -> None:
+    chosen = read_json(run_dir / CHOSEN, "")
+    scores = []
+    for words in ((), ("--model.new_item_lift", "0")):
+        with trained(run_dir, words) as (s, params, _):
+            data = s.prepared.data
+            scores.append(s.scorer(params).score_all(s.sequential_prompts(sample_cases(data.cases(TEST), 8, 0))))
+    new = data.train_popularity == 0
+    assert chosen["playing"] == round(SHARE * (~new).sum())  # no validation event has a new item
+    np.testing.assert_allclose(scores[0] - scores[1], np.tile(chosen["lift"] * new, (8, 1)), atol=1e-4)

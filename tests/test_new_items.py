@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
 
+from instructrec_jax import fit_new_items
 from instructrec_jax.config import MeshConfig, ModelConfig
+from instructrec_jax.data.schema import VALID
 from instructrec_jax.models.language_model import apply
 from instructrec_jax.models.new_items import with_new_items
 from instructrec_jax.training.mesh import make_mesh
-from tests.tiny import NUM_ITEMS, SIZES, content, model_of, on_mesh, random_batch
+from tests.small_split import small_split
+from tests.tiny import NUM_ITEMS, SIZES, content, model_of, on_mesh, random_batch, tiny_config
 
 CONFIG = ModelConfig(width=32, heads=2, kv_heads=2, head_size=16, mlp_width=64, dropout=0.0, item_dropout=0.0)
 
@@ -38,6 +46,10 @@ def test_a_new_item_keeps_its_content_and_takes_the_bias_of_rare_items(mesh: Non
     assert float(after["item_bias"][0]) == pytest.approx(np.arange(1, 11).mean())  # the rarest tenth of 99
     np.testing.assert_array_equal(after["item_bias"][1:], params["item_bias"][1:])
     assert with_new_items(variables, popularity + 1) is variables
+    lifted = with_new_items(variables, popularity, 2.5)["params"]
+    np.testing.assert_array_equal(
+        np.asarray(lifted["item_bias"]), after["item_bias"] + 2.5 * (np.arange(SIZES.items) == 0)
+    )
 
 
 def test_without_its_learned_part_an_item_is_what_is_written_about_it(mesh: None) -> None:
@@ -52,3 +64,33 @@ def test_without_its_learned_part_an_item_is_what_is_written_about_it(mesh: None
     np.testing.assert_allclose(out.item_vectors, written, atol=1e-5)
     plain = apply(model_of(config), variables, batch, features)
     assert np.abs(np.asarray(plain.item_vectors) - written).max() > 0.01  # only in training
+
+
+@pytest.mark.parametrize("seen_in_validation", [True, False])
+def test_the_lift_is_what_validation_ranks_best_with(
+    seen_in_validation: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every target stands 1 above the others, and new items 3.2 too low: from 2.5 to 4 above, every target is first."""
+    data = small_split(users=40)
+    cases = data.cases(VALID)
+    popularity = np.ones(data.num_items, int)
+    popularity[cases.target[0] if seen_in_validation else np.setdiff1d(np.arange(data.num_items), cases.target)[0]] = 0
+    asked: list[np.ndarray] = []
+
+    def scores(s: Any, params: Any, run_dir: Path, some: Any, new: np.ndarray) -> np.ndarray:
+        asked.append(new)
+        found = np.zeros((len(some), data.num_items), np.float32)
+        found[np.arange(len(some)), some.target] = 1
+        return found - 3.2 * new
+
+    monkeypatch.setattr(fit_new_items, "_scores", scores)
+    config = tiny_config(tmp_path)
+    s: Any = SimpleNamespace(prepared=SimpleNamespace(data=data), learnt=popularity, config=config)
+    fit_new_items.fit_new_items(s, None, tmp_path, print)
+    chosen = json.loads((tmp_path / fit_new_items.CHOSEN).read_text())
+    (new,) = asked
+    assert new.sum() == (1 if seen_in_validation else 1 + round(0.1 * (data.num_items - 1)))
+    assert chosen["playing"] == (0 if seen_in_validation else new.sum() - 1)
+    assert new[cases.target].any() and not new[cases.target].all()
+    assert [t["lift"] for t in chosen["tried"] if t["ndcg"] == 1] == [2.5, 3, 4]
+    assert fit_new_items.load_lift(config, tmp_path) == chosen["lift"] == 2.5

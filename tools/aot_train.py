@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
-import numpy as np
 from aot_scorer import exhausted
 
 from instructrec_jax.config import Config
@@ -23,6 +22,8 @@ from instructrec_jax.training.chips import Topology
 from instructrec_jax.training.mesh import check_plan, make_mesh, mesh_sizes
 from instructrec_jax.training.shapes import architecture_of, step_shapes
 from instructrec_jax.training.step import make_train_step
+
+WITHIN = 0.01  # the largest batch is looked for up to this part of itself: each try compiles for minutes
 
 
 @dataclass
@@ -99,7 +100,8 @@ class Checked:
     topology: Topology
     batch: int  # sequences on each chip, of the config itself
     compiled: dict[int, Compiled]  # by sequences on each chip in a step, all micro-batches together
-    largest: int | None  # sequences on each chip; None = it was not looked for
+    # Sequences on each chip, which fit; a number larger by more than WITHIN does not. None = it was not looked for
+    largest: int | None
 
     @property
     def fits(self) -> bool:
@@ -156,10 +158,9 @@ def check(
         fits(rows)
     most = None
     if search:
-        good = {rows: c.peak for rows, c in compiled.items() if not c.error}
-        bad = min((rows for rows, c in compiled.items() if c.error), default=4097)
-        by_micro = {count // micro: peak for count, peak in good.items()}
-        most = micro * largest(lambda n: fits(n * micro), by_micro, topology.chip.memory, (bad - 1) // micro)
+        sizes_of = lambda n: (fits(n * micro), compiled[n * micro].peak)  # noqa: E731
+        known = {count // micro: (not c.error, c.peak) for count, c in compiled.items()}
+        most = micro * largest(sizes_of, known, topology.chip.memory, within=WITHIN)
     asked = {rows: c for rows, c in compiled.items() if rows in {own, *sequences}}
     return Checked(topology, own, asked, most)
 
@@ -178,35 +179,53 @@ def report(checked: Checked) -> str:
         lines.append(f"| {' | '.join([checked.topology.name, str(rows), *sizes, moved])} |")
     if checked.largest is not None:
         memory = checked.topology.chip.memory / 1e9
-        lines += ["", f"largest batch that fits {memory:.1f} GB: {checked.largest} sequences a chip"]
+        lines += ["", f"largest batch that fits {memory:.1f} GB: {checked.largest} sequences a chip (to {WITHIN:.0%})"]
     return "\n".join(lines)
 
 
-def largest(fits: Callable[[int], bool], known: dict[int, int], memory: int, most: int = 4096) -> int:
-    """The largest number that fits, 0 if none does; ``fits`` is asked as rarely as bisection can.
+def largest(
+    ask: Callable[[int], tuple[bool, int]],
+    known: dict[int, tuple[bool, int]],
+    memory: int,
+    most: int = 4096,
+    within: float = 0.0,
+) -> int:
+    """The largest number that fits, 0 if none does; ``ask`` takes minutes, so it is asked as rarely as can be.
+
+    Bytes grow about linearly: the next number asked is where the line through the two nearest numbers meets the memory, one more where
+    that number is known to fit; where lines do not halve what is left, its middle, or twice as many where none is known not to fit.
 
     Args:
-        fits: whether a number does; whatever fits, all smaller numbers fit too.
-        known: bytes of numbers that fit; bytes grow about linearly, so two of them tell where to look first.
+        ask: whether a number fits, and its bytes (0 = not told). Whatever fits, all smaller numbers fit too.
+        known: what ``ask`` would say of some numbers.
         memory: bytes that there are.
         most: is not exceeded.
+        within: the search ends when no number larger by more than this part can fit; 0 for the largest itself.
     """
-    low, high = max(known, default=0), most + 1
-    if len(known) > 1:
-        (a, x), *_, (b, y) = sorted(known.items())
-        guess = int(np.clip(b + (memory - y) * (b - a) / max(y - x, 1), low + 1, most))
-    else:
-        guess = low + 1
-    step = 1
-    while high - low > 1:
-        if fits(guess):
-            low, guess = guess, guess + step
-        else:
-            high, guess = guess, guess - step
-        step *= 2
-        if not low < guess < high:
-            guess = (low + high) // 2
-    return low
+    known = dict(known)
+    slow = 0  # questions in a row that left more than half
+    while True:
+        low = max((n for n, (fits, _) in known.items() if fits), default=0)
+        high = min((n for n, (fits, _) in known.items() if not fits), default=most + 1)
+        if high - low <= 1 + within * low:
+            return low
+        guess = _crossing(known, low, memory)
+        if guess is None or slow > 1:
+            guess = (low + high) // 2 if high <= most else min(2 * low, most)
+        # What the line says fits is known already: the next step up settles it.
+        guess = min(max(guess, low + 1 + int(within * low)), high - 1)
+        known[guess] = ask(guess)
+        left = (high - guess) if known[guess][0] else (guess - low)
+        slow = 0 if 2 * left <= high - low else slow + 1
+
+
+def _crossing(known: dict[int, tuple[bool, int]], low: int, memory: int) -> int | None:
+    """Where the line through the two known sizes that are nearest to ``low`` meets the memory; None without two."""
+    sized = sorted((abs(n - low), n, size) for n, (_, size) in known.items() if size)[:2]
+    if len(sized) < 2:
+        return None
+    (a, x), (b, y) = sorted((n, size) for _, n, size in sized)
+    return math.floor(b + (memory - y) * (b - a) / (y - x)) if y > x else None
 
 
 # ------------------------------------------------------------------------------------------------------------- collectives

@@ -2,7 +2,7 @@
 
 In the softmax over the catalogue an item that is never a target learns one thing, that it is never a target: its learned part turns away
 from all users and its bias falls. That says nothing of the item. So where items are ranked, such an item has the vector W c_i alone,
-and the bias of items that training has hardly seen.
+and the bias of items that training has hardly seen, or one above it that validation has chosen.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from jaxtyping import Int
 RARE = 0.1  # share of the seen items, the least popular, whose mean bias a new item takes
 
 
-def with_new_items(variables: Mapping[str, Any], popularity: Int[np.ndarray, " items"]) -> Mapping[str, Any]:
+def with_new_items(
+    variables: Mapping[str, Any], popularity: Int[np.ndarray, " items"], lift: float = 0.0
+) -> Mapping[str, Any]:
     """The variables of a model with what training has taught of unseen items taken back.
 
     Args:
         variables: of ``LanguageModel``; without item tokens, and where every item was seen, they come back as they are.
         popularity: training events of each item of the catalogue.
+        lift: logits that new items stand above the bias of rarely seen ones (``fit_new_items.py``).
     """
     params = variables["params"]
     new = popularity == 0
@@ -38,7 +41,7 @@ def with_new_items(variables: Mapping[str, Any], popularity: Int[np.ndarray, " i
 
     @jax.jit
     def taken_back(bias: jax.Array, learned: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        usual = jnp.sum(jnp.where(is_rare, bias, 0)) / len(rare)
+        usual = jnp.sum(jnp.where(is_rare, bias, 0)) / len(rare) + lift
         return jnp.where(is_new, usual, bias), None if learned is None else jnp.where(is_new[:, None], 0, learned)
 
     bias, learned = taken_back(params["item_bias"], params.get("item_id"))
