@@ -139,7 +139,7 @@ def refit(run_dir: str, overrides: tuple[str, ...]) -> None:
 @click.option(
     "--item", "items", multiple=True, help="An item that a new user liked, by id or exact title; repeat, newest last."
 )
-@click.option("--wish", help="What is wanted, in words.")
+@click.option("--wish", help='What is wanted, in words: "an animated film", "something like Heat but funny".')
 @click.option("--preference", help="The user's taste, in words.")
 @click.option(
     "--language", type=click.Choice(["en", "zh"]), help="Language of the instruction. [default: the run's first]"
@@ -187,6 +187,8 @@ def recommend(
     )
     if answer["history"]:
         console.print("last seen: " + "; ".join(answer["history"][-5:]), markup=False)
+    if answer["like"]:
+        console.print("like: " + "; ".join(answer["like"]), markup=False)
     table = Table("", "title", "score", "item_id")
     for place, row in enumerate(answer["items"], start=1):
         about = f"  [dim]{', '.join(row['about'])}[/dim]" if row["about"] else ""

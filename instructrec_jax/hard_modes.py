@@ -7,6 +7,7 @@ split and beside the same classic recommenders:
 * *long tail*: NDCG@10 by tenths of the targets, from the least to the most popular;
 * *cold items*: targets without a training event, ranked among the items without one (``data.split.kind: cold-items`` makes them);
 * *hard negatives*: the target against what the strongest classic recommender ranks highest for the user (InstructRec, Table 9);
+* *a named item*: somebody unknown asks for "something like" the newest item of the history;
 * *history order*: the same history as it was, reversed, and shuffled;
 * *candidate order*: the same ten candidates shown in several orders.
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ from instructrec_jax.evaluation import metrics, slices
 from instructrec_jax.evaluation.table import EvaluationResult, Row
 from instructrec_jax.files import path_of, write_json
 from instructrec_jax.instructions.example import InstructionExample
+from instructrec_jax.instructions.packs import load_phrases
+from instructrec_jax.instructions.references import References
+from instructrec_jax.instructions.titles import stem
 from instructrec_jax.run import Say, Session, trained
 from instructrec_jax.scoring import Request, Scorer
 from instructrec_jax.training import hosts
@@ -68,7 +72,13 @@ def hard_modes(
         if "content" not in fitted:  # what a new item has
             fitted["content"] = baseline_store.build("content", {}, s.config, s.prepared).fit(s.prepared.data)
         hard = HardModes(s, scorer, fitted, cases, split, say)
-        tables = [*hard.cold_users(), *hard.cold_items(), *hard.hard_negatives(), hard.history_order()]
+        tables = [
+            *hard.cold_users(),
+            *hard.cold_items(),
+            *hard.hard_negatives(),
+            hard.named_item(),
+            hard.history_order(),
+        ]
         payload = {
             "run": run_dir.name,
             "best_step": step,
@@ -145,6 +155,29 @@ class HardModes:
             protocol = f"1+{n} hard, by {retriever}"
             tables.append(self._table(self._ranked(task, self.task.histories), self.cases, protocol))
         return tables
+
+    def named_item(self) -> EvaluationResult:
+        """Somebody unknown wishes for "something like" the newest item: its name read, the words as they are, and others on that item."""
+        self.say("  a wish that names an item")
+        frame = load_phrases(self.s.language).one["like_item"]
+        references, titles = References(self.data, self.s.builder.domain), self.data.catalogue.titles
+        wishes = [frame.format(title=stem(titles[h[-1]])) for h in self.task.histories]
+        read = [references.read(wish) for wish in wishes]
+        ask = partial(self.s.builder.recommend_prompt, language=self.s.language)
+        prompts = {
+            MODEL: [ask(r.items, r.wish) for r in read],
+            f"{MODEL}, words as they are": [ask((), wish) for wish in wishes],
+        }
+        systems: dict[str, ScoreBlock] = {
+            name: lambda a, b, p=asked: self.scorer.score_all(p[a:b]) for name, asked in prompts.items()
+        }
+        for name, recommender in self.fitted.items():
+            systems[name] = lambda a, b, r=recommender: r.score([h[-1:] for h in self.task.histories[a:b]])
+        ranked = {name: rank(self.task, score, 10) for name, score in systems.items()}
+        right = float(np.mean([r.items == (h[-1],) for r, h in zip(read, self.task.histories)]))
+        return self._table(
+            ranked, self.cases, f"full, something like the newest item ({right:.0%} of names read right)"
+        )
 
     def history_order(self) -> EvaluationResult:
         """The model on the same histories in three orders; what depends on taste alone would not change."""

@@ -11,6 +11,7 @@ import numpy as np
 from instructrec_jax.data.privacy import user_keys
 from instructrec_jax.errors import UserError, did_you_mean
 from instructrec_jax.evaluation.metrics import top_lists
+from instructrec_jax.instructions.references import References
 from instructrec_jax.run import Session, trained
 
 
@@ -31,15 +32,16 @@ def recommend(
         run_dir: a trained run.
         user: user id of the data; None = a new user.
         items: further items of the history, newest last, by id or exact title.
-        wish: what is wanted, in words.
+        wish: what is wanted, in words; an item that it names ("something like Heat but funny") stands for its kind, as the newest of
+            the history, and is not recommended (``instructions/references.py``).
         preference: taste in words.
         language: "en" or "zh".
         count: length of the list.
         set_name: of a mixture, the set whose items are ranked.
 
     Returns:
-        ``{"user", "wish", "history": [titles], "items": [{"item_id", "title", "score", "about"}]}``; the score is the log probability
-        of the item under the matching head.
+        ``{"user", "wish", "history": [titles], "like": [titles that the wish names], "items": [{"item_id", "title", "score", "about"}]}``;
+        the score is the log probability of the item under the matching head.
 
     Raises:
         UserError: unknown user or item (with the nearest known title), or a folder that is no trained run.
@@ -61,17 +63,24 @@ def recommend(
             history, pauses = data.history(index, last).tolist(), s.builder.pauses_of(index, first, last)
             features = s.prepared.users.tokens(index)
         history += [find_item(s, name) for name in items]
-        pauses = (*pauses, *(None for _ in items))  # what is added now follows the log at an unknown time
+        read = References(data, s.builder.domain).read(wish or "")
+        shown = [*history, *read.items]
+        pauses = (
+            *pauses,
+            *(None for _ in (*items, *read.items)),
+        )  # what is added now follows the log at an unknown time
         prompt = s.builder.recommend_prompt(
-            history, wish, preference, language or s.language, features=features, pauses=pauses
+            shown, read.wish, preference, language or s.language, features=features, pauses=pauses
         )
         scores = s.scorer(params, batch_size=1).score_all([prompt])
-        top = top_lists(scores, count, data.left_out([np.asarray(history, np.int64)]))[0]
+        out = [np.asarray(read.items if data.repeats else shown, np.int64)]
+        top = top_lists(scores, count, out)[0]
         titles, genres = data.catalogue.titles, [data.catalogue.lists(c) for c in s.config.data.list_columns]
         return {
             "user": user,
             "wish": wish,
             "history": [titles[i] for i in history],
+            "like": [titles[i] for i in read.items],
             "items": [
                 {
                     "item_id": data.catalogue.item_ids[i],

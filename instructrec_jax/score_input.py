@@ -6,7 +6,7 @@ A request is a JSON object, or a row of a Parquet table with columns of these na
     prompt      an instruction, used as it is; or any of
     user        user id of the data: their history and features
     history     further items, newest last, by id or exact title
-    wish        what is wanted, in words
+    wish        what is wanted, in words; an item that it names joins the history (``instructions/references.py``)
     preference  the user's taste, in words
     candidates  item ids; "all" or nothing: the whole catalogue
     texts       in place of ``candidates``: texts
@@ -29,6 +29,7 @@ from jaxtyping import Int
 from instructrec_jax.data.privacy import user_keys
 from instructrec_jax.errors import DataError, UserError, did_you_mean
 from instructrec_jax.instructions.example import FEATURE_SLOT, ITEM_SLOT, TITLE_CLOSE, TITLE_OPEN, InstructionExample
+from instructrec_jax.instructions.references import References
 from instructrec_jax.run import Session
 from instructrec_jax.scoring import Request
 
@@ -125,6 +126,7 @@ class Parser:
             self._title_of.setdefault(title, index)
         self._user_of = {name: index for index, name in enumerate(data.user_ids)}
         self._key = user_keys(s.config.data.hash_ids)
+        self._references = References(data, s.builder.domain)
 
     def parse(self, line: int, content: bytes | dict[str, Any]) -> Asked | Bad:
         """One line; whatever is wrong with it is in what is returned."""
@@ -147,7 +149,7 @@ class Parser:
         return Asked(line, name, Request(prompt, candidates), shown, np.asarray(history, np.int64))
 
     def _prompt(self, fields: dict[str, Any]) -> tuple[InstructionExample, list[int]]:
-        """The instruction, and all items that the person has had."""
+        """The instruction, and all items that the person has had or the wish names."""
         about = [name for name in ("user", "history", "wish", "preference") if name in fields]
         if "prompt" in fields:
             if about:
@@ -170,7 +172,12 @@ class Parser:
             history.append(item)
             pauses = (*pauses, None)
         wish, preference = (_text(fields, k) if k in fields else None for k in ("wish", "preference"))
-        prompt = s.builder.recommend_prompt(history, wish, preference, s.language, features=features, pauses=pauses)
+        read = self._references.read(wish or "")
+        history += read.items
+        pauses = (*pauses, *(None for _ in read.items))
+        prompt = s.builder.recommend_prompt(
+            history, read.wish, preference, s.language, features=features, pauses=pauses
+        )
         return prompt, history
 
     def _candidates(self, fields: dict[str, Any]) -> tuple[list[str] | None, Any]:

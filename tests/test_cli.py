@@ -81,6 +81,11 @@ def test_recommend(run_dir: Path) -> None:
     newcomer = json.loads(call("recommend", str(run_dir), "--item", title, "-k", "3", "--json"))
     assert newcomer["history"] == [title] and title not in {row["title"] for row in newcomer["items"]}
     assert len(json.loads(call("recommend", str(run_dir), "--json"))["items"]) == 10
+    # A wish that names an item asks for what the item's history asks for.
+    like = json.loads(
+        call("recommend", str(run_dir), "--wish", f"something like {title}, for tonight", "-k", "3", "--json")
+    )
+    assert like["like"] == [title] and like["history"] == [] and like["items"] == newcomer["items"]
     chinese = call("recommend", str(run_dir), "--wish", "一部悲伤的电影", "--language", "zh", "-k", "2")
     assert "a new user" in chinese
 

@@ -52,6 +52,12 @@ def test_every_table_is_there(run_dir: Path) -> None:
     )
     (hard,) = [t for name, t in tables.items() if name.startswith("1+9 hard, by")]
     assert all(row["metrics"]["hr@10"]["mean"] == 1 for row in hard["rows"])  # ten candidates, ten places
+    (like,) = [t for name, t in tables.items() if name.startswith("full, something like the newest item (100%")]
+    likes = {row["name"]: row["metrics"] for row in like["rows"]}
+    one = {row["name"]: row["metrics"] for row in tables["full, newest 1 events"]["rows"]}
+    assert {"model", "model, words as they are"} <= likes.keys() and likes["itemknn"]["ndcg@10"] == one["itemknn"][
+        "ndcg@10"
+    ]
     order = {row["name"] for row in tables["full, order of the history"]["rows"]}
     assert order == {"model", "model, newest first", "model, shuffled"}
     tail = found["long_tail"]

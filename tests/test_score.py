@@ -28,6 +28,7 @@ from instructrec_jax import score as module
 from instructrec_jax.cli import cli
 from instructrec_jax.errors import DataError, UserError
 from instructrec_jax.evaluation.metrics import top_lists
+from instructrec_jax.instructions.example import InstructionExample
 from instructrec_jax.score import Scored, score
 from instructrec_jax.score_input import Asked, Bad, Parser, lines, plain_prompt
 from instructrec_jax.score_parts import Parts
@@ -498,3 +499,15 @@ def test_lines_after_those_that_are_done(tmp_path: Path, suffix: str) -> None:
 def test_a_byte_order_mark_is_no_error(parse: Callable[[int, Any], Asked | Bad]) -> None:
     found = parse(1, b'\xef\xbb\xbf{"id": "a", "wish": null}\r\n')
     assert isinstance(found, Asked) and found.id == "a" and dataclasses.is_dataclass(found.request)
+
+
+def test_an_item_that_a_wish_names_joins_the_history(trained: Setup, parse: Callable[[int, Any], Asked | Bad]) -> None:
+    data = trained[1].prepared.data
+    title, user = data.catalogue.titles[5], data.user_ids[0]
+    found = parse(1, {"wish": f"something like {title} but sad", "user": user})
+    assert isinstance(found, Asked) and found.history[-1] == 5
+    known = parse(1, {"user": user})
+    assert isinstance(known, Asked) and found.history[:-1].tolist() == known.history.tolist()
+    prompt = found.request.prompt
+    assert isinstance(prompt, InstructionExample) and prompt.prompt_items[-1] == 5
+    assert "something sad" in prompt.prompt and title not in prompt.prompt

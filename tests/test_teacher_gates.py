@@ -18,7 +18,7 @@ from instructrec_jax.instructions.teacher.asks import Ask, Evidences
 from instructrec_jax.instructions.teacher.gates import Duplicates, Gates
 from instructrec_jax.instructions.teacher.sheet import QUESTIONS, read_grades, write_sheet
 from instructrec_jax.instructions.teacher.texts import Taught
-from instructrec_jax.instructions.teacher.titles import Titles, stem
+from instructrec_jax.instructions.titles import Titles, stem
 from tests.fake_endpoint import labels_of
 from tests.small_split import small_split
 from tests.test_prepare import config_of

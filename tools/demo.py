@@ -32,6 +32,7 @@ def main() -> None:
     run("recommend", run_dir, "--user", "42", "-k", "5")
     run("recommend", run_dir, "--user", "318", "--wish", "an animated film for children", "-k", "5")
     run("recommend", run_dir, "--wish", "a horror film from the 1980s", "-k", "5")
+    run("recommend", run_dir, "--wish", "something like Heat but funny, for tonight", "-k", "5")
     run("report", run_dir)
     print(f"\nThe whole job took {time.perf_counter() - begun:.0f} s. The run is in {Path(run_dir)}.")
 

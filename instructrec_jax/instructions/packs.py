@@ -226,7 +226,7 @@ def _domains() -> dict[str, Domain]:
 
 @cache
 def _phrases() -> dict[str, Phrases]:
-    tree = _read("phrases.yaml")
+    tree = read_template_file("phrases.yaml")
     keys = set.union(*(set(frames) for frames in tree.values()))
     for language, frames in tree.items():
         if missing := sorted(keys - set(frames)):
@@ -241,5 +241,6 @@ def _phrases() -> dict[str, Phrases]:
     }
 
 
-def _read(name: str) -> dict[str, Any]:
+def read_template_file(name: str) -> dict[str, Any]:
+    """A YAML file of ``templates/``, as it is."""
     return yaml.load((FOLDER / name).read_text("utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))

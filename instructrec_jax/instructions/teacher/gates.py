@@ -24,7 +24,7 @@ from instructrec_jax.config import TeacherConfig
 from instructrec_jax.data.privacy import Scrubber
 from instructrec_jax.errors import UserError
 from instructrec_jax.instructions.teacher.asks import Ask, Evidence, Evidences
-from instructrec_jax.instructions.teacher.titles import Titles, contains, shingles, stem, tokens
+from instructrec_jax.instructions.titles import Titles, contains, shingles, stem, tokens
 
 GATES = ("schema", "length", "form", "language", "personal", "leak", "invented", "grounded", "near-duplicate")
 _HAN = re.compile("[\u4e00-\u9fff]")

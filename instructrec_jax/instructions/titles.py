@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 _TOKEN = re.compile(r"[\u4e00-\u9fff]|[^\W_\u4e00-\u9fff]+(?:['’][^\W_\u4e00-\u9fff]+)*")
 _PARENTHESES = re.compile(r"[(（][^()（）]*[)）]")
@@ -14,7 +14,12 @@ _OPEN, _CLOSE = "\"'“‘《「『«", "\"'”’》」』»"
 
 def tokens(text: str) -> list[str]:
     """Words, and single Chinese characters, in lower case."""
-    return [match[0].lower() for match in _TOKEN.finditer(text)]
+    return [match[0].lower() for match in token_matches(text)]
+
+
+def token_matches(text: str) -> Iterator[re.Match[str]]:
+    """Where the tokens of a text stand, as they are written."""
+    return _TOKEN.finditer(text)
 
 
 def stem(title: str) -> str:
@@ -42,6 +47,13 @@ class Titles:
                 self._items.setdefault(words, []).append(item)
                 if words[0] in ("the", "a", "an") and len(words) > 2:
                     self._items.setdefault(words[1:], []).append(item)
+
+    def begins(self, words: Sequence[str]) -> tuple[int, list[int]]:
+        """The longest title that tokens in lower case begin with: its length, and the items of that name; (0, []) for none."""
+        for length in range(min(_LONGEST, len(words)), 0, -1):
+            if items := self._items.get(tuple(words[:length])):
+                return length, items
+        return 0, []
 
     def named(self, text: str) -> list[tuple[str, list[int]]]:
         """(the words, the items that have them as a title) for each title in the text; of overlapping ones the longest."""
