@@ -44,7 +44,7 @@ def some() -> References:
 @pytest.mark.parametrize(
     ("wish", "rest", "items"),
     [
-        ("something like Heat but funny, for tonight", "something funny", (HEAT,)),
+        ("something like Heat but funny, for tonight", "funny", (HEAT,)),
         ("like heat", "", (HEAT,)),
         ("Something like Heat (1986), please.", "", (HEAT86,)),
         ("a film similar to The Godfather", "", (GODFATHER,)),
@@ -67,6 +67,7 @@ def some() -> References:
         ("tonight for sure", "tonight for sure", ()),
         ("类似《海上钢琴师》的喜剧电影，今晚看", "喜剧电影", (PIANIST,)),
         ("想看像英雄一样的电影", "", (HERO,)),
+        ("想看类似英雄的喜剧", "喜剧", (HERO,)),
         ("类似Heat和Fight Club，但是轻松的", "轻松的", (HEAT, FIGHT)),
         ("", "", ()),
         ("like", "like", ()),

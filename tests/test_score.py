@@ -510,4 +510,4 @@ def test_an_item_that_a_wish_names_joins_the_history(trained: Setup, parse: Call
     assert isinstance(known, Asked) and found.history[:-1].tolist() == known.history.tolist()
     prompt = found.request.prompt
     assert isinstance(prompt, InstructionExample) and prompt.prompt_items[-1] == 5
-    assert "something sad" in prompt.prompt and title not in prompt.prompt
+    assert "sad" in prompt.prompt and title not in prompt.prompt

@@ -1,4 +1,4 @@
-"""A wish that names items: "something like Heat but funny, for tonight" asks for "something funny" by the side of Heat.
+"""A wish that names items: "something like Heat but funny, for tonight" asks for "funny" by the side of Heat.
 
 The named item says what kind of thing is wanted and is not itself wanted. So it goes into the history, of which recommendations are the
 continuation, and its name leaves the wish, whose words are looked up in the catalogue and would find that very item.
@@ -55,6 +55,7 @@ class References:
         self._filler = re.compile(
             "|".join(map(_bounded, _longest_first([*_all("filler"), *_all("but"), *nouns]))), re.I
         )
+        self._some = re.compile(rf"^(?:{'|'.join(map(_bounded, _longest_first(_all('some'))))})\s*", re.I)
         self._and = re.compile(rf"(?:[,;，；、&/\s]|{'|'.join(map(_bounded, _longest_first(_all('and'))))})+", re.I)
         self._but = re.compile(rf"(?:[\s,;，；]*(?:{'|'.join(map(_bounded, _longest_first(_all('but'))))}))+", re.I)
         self._when = re.compile(
@@ -81,6 +82,8 @@ class References:
             text = self._without_time(text)
         if items and not _PUNCTUATION.sub("", self._filler.sub(" ", text)):
             text = ""
+        if items:  # "something funny": a film that has "something" in its title is not meant
+            text = self._some.sub("", text)
         return Read(text.strip(" ,;，；、"), tuple(dict.fromkeys(items)))
 
     def _without_time(self, text: str) -> str:
