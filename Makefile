@@ -45,7 +45,7 @@ demo: $(READY) ## run the main job on the embedded data and show the result
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/demo.py
 
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 parity: $(PARITY)/.ready ## compare the models with PyTorch (Python 3.11 and a CPU build of torch, in .venv-parity)
 	XLA_FLAGS= $(PARITY)/bin/python -m pytest tests/parity $(ARGS)

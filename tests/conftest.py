@@ -40,6 +40,28 @@ settings.register_profile("thorough", _common, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
+# The files that take longest, first: begun last, one would keep a worker busy for minutes while the other waits.
+LONG = (
+    "export",
+    "training",
+    "scorer_methods",
+    "mixed_run",
+    "pretrained",
+    "parity_golden",
+    "cli",
+    "adapters",
+    "step",
+    "sizes",
+    "hosts",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; ``make test`` tells xdist to keep the order."""
+    place = {f"test_{name}.py": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     """Global generators start every test in one state; code of the project takes explicit seeds and keys anyway."""

@@ -83,6 +83,7 @@ def test_items_in_prompts(opened: tuple[run.Session, Any]) -> None:
         assert answer.text == s.prepared.text.decode(answer.tokens)
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_batches(opened: tuple[run.Session, Any]) -> None:
     s, _ = opened
     asked = ["A film about the sea", "Why?", *(s.builder.recommend_prompt(list(range(n % 5))) for n in range(18))]

@@ -74,6 +74,7 @@ def test_gradients_of_one_catalogue_do_not_touch_the_others_items(first: int, la
     assert np.abs(together["item_id"][other]).max() > 1e-6
 
 
+@pytest.mark.slow
 def test_a_catalogue_smaller_than_the_list_of_the_rerank_head() -> None:
     """Of 5 items a list of 20 has 4 others: the loss is that of the five alone."""
     batch = within(random_batch(4, 8), 0, 5)

@@ -17,11 +17,15 @@ from instructrec_jax.training.mesh import make_mesh
 from tests.parity import inputs
 from tests.parity.cases import CASES
 from tests.parity.ours import Ours, assert_gradients, assert_logits, one_device
+from tests.variants import some
 
 GOLDEN = Path(__file__).parent / "golden"
 DECODERS, SEQ2SEQ, ENCODERS = (
     [name for name, case in CASES.items() if case.kind == kind] for kind in ("decoder", "encoder-decoder", "encoder")
 )
+
+# All of them in test_packed_sequences_do_not_see_each_other
+USUAL = some(DECODERS, "gpt2", "llama3", "qwen3", "gemma3")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,7 +66,7 @@ def test_both_spellings_of_a_config_are_one_architecture(name: str) -> None:
     assert from_hf(published) == from_hf(saved)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", USUAL)
 def test_padding_on_the_right(name: str) -> None:
     ours, io = golden(name)
     mask = inputs.right_mask(io["lengths"], io["right_tokens"].shape[1])
@@ -82,7 +86,7 @@ def test_packed_sequences_do_not_see_each_other(name: str) -> None:
     assert_logits(logits, io["packed_logits"])
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", USUAL)
 def test_long_sequence(name: str) -> None:
     """Beyond the window of local layers and the original context of a scaled RoPE."""
     ours, io = golden(name)
@@ -95,13 +99,13 @@ def test_positions_to_the_end_of_the_context(name: str) -> None:
     assert_logits(ours.logits(io["far_tokens"], None, io["far_positions"]), io["far_logits"])
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", USUAL)
 def test_continuing_with_a_cache(name: str) -> None:
     ours, io = golden(name)
     assert_logits(ours.cached_logits(io["right_tokens"][:1], int(io["cache_prefix"])), io["cache_logits"])
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", USUAL)
 def test_gradients(name: str) -> None:
     ours, io = golden(name)
     mask = inputs.right_mask(io["lengths"], io["right_tokens"].shape[1])
@@ -153,7 +157,7 @@ def test_packed_pairs_do_not_see_each_other(name: str) -> None:
     assert_logits(ours.seq2seq_logits(*source, *target), io["packed_logits"])
 
 
-@pytest.mark.parametrize("name", SEQ2SEQ)
+@pytest.mark.parametrize("name", some(SEQ2SEQ, "t5_v11"))
 def test_encoder_decoder_gradients(name: str) -> None:
     ours, io = golden(name)
     assert_gradients(ours.arch, ours.seq2seq_gradients(*seq2seq_batch(io)), stored_gradients(io))

@@ -29,6 +29,7 @@ from instructrec_jax.training.shapes import architecture_of, step_shapes
 from instructrec_jax.training.step import init_model, init_state, make_train_step, put_batch
 from instructrec_jax.training.tiles import table_scores
 from tests.tiny import NUM_ITEMS, SIZES, content, random_batch
+from tests.variants import some
 
 AOT = sorted(Path("configs/aot").glob("*.yaml"))
 MODEL = ModelConfig(width=32, heads=4, kv_heads=2, head_size=8, mlp_width=64, dropout=0.0, item_dropout=0.0)
@@ -130,7 +131,7 @@ def some_targets(spread: str) -> tuple[np.ndarray, int]:
     return target, chunk
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (1, 8, 1)])
+@pytest.mark.parametrize("mesh", some([(1, 1, 1), (2, 2, 2), (1, 8, 1)], (2, 2, 2)))
 @pytest.mark.parametrize(
     ("tiles", "cap", "spread"), [(1, 0.0, "short"), (4, 3.0, "short"), (1, 3.0, "long"), (2, 0.0, "uneven")]
 )
@@ -166,7 +167,7 @@ def test_tiles_equal_the_whole_softmax(mesh: tuple, tiles: int, cap: float, spre
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (1, 8, 1)])
+@pytest.mark.parametrize("mesh", some([(1, 1, 1), (2, 2, 2), (1, 8, 1)], (2, 2, 2)))
 @pytest.mark.parametrize(("tiles", "spread"), [(1, "short"), (4, "short"), (1, "long"), (2, "uneven")])
 def test_a_frozen_table_is_walked_once_for_the_same_gradient(mesh: tuple, tiles: int, spread: str) -> None:
     r = np.random.default_rng(1)

@@ -148,6 +148,7 @@ def test_an_interrupted_run_ends_like_a_whole_one(made: Path) -> None:
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), whole, parts)
 
 
+@pytest.mark.slow
 def test_training_rows_of_an_encoder_decoder_equal_pairs(made: Path) -> None:
     """A packed row with two instructions gives the log-probabilities of each as a source and a target of its own."""
     config = config_of(made, "t5")
@@ -290,7 +291,13 @@ def test_items_begin_at_the_words_of_their_titles(made: Path) -> None:
             mean = words[s.prepared.text.ids(s.prepared.data.catalogue.titles[item])].mean(0)
             np.testing.assert_allclose(items[item], mean * long / np.linalg.norm(mean), rtol=1e-5)
         assert not items[s.prepared.data.num_items :].any() and not np.asarray(trained["params"]["item_content"]).any()
-    finished = run.train_run(config, made / "run-titles", lambda _: None)
-    assert finished.step == 6
     with pytest.raises(ConfigError, match="item_start"), run.session(config_of(made, "llama", item_start="titles")):
         pass
+
+
+@pytest.mark.slow
+def test_a_run_whose_items_begin_at_titles_comes_to_its_end(made: Path) -> None:
+    own = {"trainable": ["adapter", "items"], "item_start": "titles"}
+    config = config_of(made, "llama", {"items_as": "token", "history_items": 8}, **own)
+    prepare.prepare(config, lambda _: None)
+    assert run.train_run(config, made / "run-titles", lambda _: None).step == 6

@@ -136,7 +136,7 @@ def requests_of(s: run.Session, rows: list[dict[str, Any]]) -> list[Request]:
     "how",
     [
         {"method": "items"},
-        {"method": "likelihood", "normalise": "mean"},
+        pytest.param({"method": "likelihood", "normalise": "mean"}, marks=pytest.mark.slow),
         {"method": "likelihood", "normalise": "prior"},
         {"method": "yesno"},
     ],
