@@ -75,7 +75,8 @@ def merged(variables: Any, adapter: AdapterConfig) -> Any:
 @pytest.mark.parametrize(
     "folder, kind, quantise",
     [
-        *[(folder, "dora", "none") for folder in MODELS],
+        *[(folder, "dora", "none") for folder in MODELS[:2]],
+        *[pytest.param(folder, "dora", "none", marks=pytest.mark.slow) for folder in MODELS[2:]],
         *[pytest.param(folder, "lora", "none", marks=pytest.mark.slow) for folder in MODELS],
         pytest.param("smollm2", "rslora", "none", marks=pytest.mark.slow),
         ("smollm2", "lora", "int8"),

@@ -147,7 +147,7 @@ def said(found: Generated) -> list[list[int]]:
     ("name", "beams"),
     [
         ("llama3", 1),
-        ("qwen2_window", 3),
+        pytest.param("qwen2_window", 3, marks=pytest.mark.slow),
         ("t5", 3),
         *[
             pytest.param(*x, marks=pytest.mark.slow)

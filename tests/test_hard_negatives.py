@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from instructrec_jax import prepare, run
+from instructrec_jax.cases import frozen_negatives
 from instructrec_jax.config import Config, EvaluateConfig
 from instructrec_jax.data.records import Records
 from instructrec_jax.data.schema import TEST, TRAIN, SplitData
@@ -99,7 +100,7 @@ def test_a_protocol_on_hard_negatives(plain: tuple, tmp_path: Path) -> None:
     with run.session(replace(config, evaluate=settings)) as s:
         cases = data.cases(TEST)
         histories = s.prepared.data.histories(cases)
-        name, negatives = run.frozen_negatives(s, cases, histories, 9)
+        name, negatives = frozen_negatives(s, cases, histories, 9)
         assert name.startswith("1+9 hard popular")
         order = np.argsort(-data.train_popularity, kind="stable")
         full = 0

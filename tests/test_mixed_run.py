@@ -124,6 +124,7 @@ def test_examples_stand_in_the_ratio_of_the_weights_and_in_one_set_each(mixture:
 # ------------------------------------------------------------------------------------------------------------ what is ranked
 
 
+@pytest.mark.slow
 def test_a_set_is_ranked_by_the_softmax_over_its_own_items(mixture: Config) -> None:
     config = dataclasses.replace(mixture, model=dataclasses.replace(mixture.model, rerank_head=True))
     with run.session(config) as every:

@@ -88,6 +88,7 @@ def test_a_catalogue_smaller_than_the_list_of_the_rerank_head() -> None:
     assert float(small.loss) == pytest.approx(float(alone.loss), rel=1e-5) and np.isfinite(float(small.loss))
 
 
+@pytest.mark.slow
 def test_one_catalogue_is_what_it_was() -> None:
     """The catalogue as the only space: the same bits as without spaces."""
     batch = random_batch(8, 16)

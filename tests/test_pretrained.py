@@ -207,6 +207,7 @@ def pair_log_prob(model: LanguageModel, variables: Any, source: np.ndarray, targ
     ]
 
 
+@pytest.mark.slow
 def test_likelihood_of_an_encoder_decoder(made: Path) -> None:
     config = config_of(made, "t5")
     prepare.prepare(config, lambda _: None)

@@ -115,6 +115,7 @@ def test_groups_of_layers_change_neither_parameters_nor_gradients(group: int, si
     assert_same(*results, tolerance=1e-6)
 
 
+@pytest.mark.slow
 def test_groups_of_layers_keep_less() -> None:
     """On a model of sixteen layers, whose inputs are most of what it keeps."""
     held = []
