@@ -19,6 +19,7 @@ _OPEN = re.compile(r"\s*[\"'“‘《「『«]?\s*")
 _ARTICLE = r"(?:,\s*(?:The|A|An|Le|La|Les|L'|Il|El|Los|Las|Das|Der|Die)\b(?!\s+\w))?"  # "Godfather, The (1972)", as catalogues write it
 _BEHIND = re.compile(_ARTICLE + r"[\"'”’》」』»]?(?:\s*[(（](\d{4})[)）][\"'”’》」』»]?)?")
 _PUNCTUATION = re.compile(r"[\s,.;:!?，。；：！？、\-–—\"'“”‘’《》「」『』«»()（）]+")
+_CHINESE = re.compile("[\u4e00-\u9fff]")  # no space stands before or behind
 # Titles that are words of every sentence ("It", "Her") are meant only where they are written as titles.
 _COMMON = frozenset(
     "it her him them this that these those me us you he she they what up out now then here there the a an".split()  # noqa: SIM905
@@ -45,22 +46,17 @@ class References:
     """
 
     def __init__(self, data: SplitData, domain: Domain):
-        self._titles, self._popularity = titles, _ = data.catalogue.titles, data.train_popularity
-        self._indices = Titles(titles), Titles([_before_colon(title) for title in titles])
-        nouns = {w for words in domain.words.values() for slot in ("noun", "nouns") for w in [words[slot].lower()]}
-        self._cue = _either(_all("like"))
-        self._noun = re.compile(
-            rf"(?:the\s+)?(?:{'|'.join(map(_bounded, sorted(nouns, key=len, reverse=True)))})\s*", re.I
-        )
-        self._filler = re.compile(
-            "|".join(map(_bounded, _longest_first([*_all("filler"), *_all("but"), *nouns]))), re.I
-        )
-        self._some = re.compile(rf"^(?:{'|'.join(map(_bounded, _longest_first(_all('some'))))})\s*", re.I)
-        self._and = re.compile(rf"(?:[,;，；、&/\s]|{'|'.join(map(_bounded, _longest_first(_all('and'))))})+", re.I)
-        self._but = re.compile(rf"(?:[\s,;，；]*(?:{'|'.join(map(_bounded, _longest_first(_all('but'))))}))+", re.I)
-        self._when = re.compile(
-            rf"[\s,;，；]*(?:{'|'.join(map(_bounded, _longest_first(_all('when'))))})[\s.!?。！？]*$", re.I
-        )
+        self._titles, self._popularity = data.catalogue.titles, data.train_popularity
+        self._indices = Titles(self._titles), Titles([_before_colon(title) for title in self._titles])
+        nouns = [words[slot].lower() for words in domain.words.values() for slot in ("noun", "nouns")]
+        like, and_, but, when = (_any(_all(key)) for key in ("like", "and", "but", "when"))
+        self._cue = re.compile(like, re.I)
+        self._noun = re.compile(rf"(?:the\s+)?(?:{_any(nouns)})\s*", re.I)
+        self._filler = re.compile(_any([*_all("filler"), *_all("but"), *nouns]), re.I)
+        self._some = re.compile(rf"^(?:{_any(_all('some'))})\s*", re.I)
+        self._and = re.compile(rf"(?:[,;，；、&/\s]|{and_})+", re.I)
+        self._but = re.compile(rf"(?:[\s,;，；]*(?:{but}))+", re.I)
+        self._when = re.compile(rf"[\s,;，；]*(?:{when})[\s.!?。！？]*$", re.I)
 
     def read(self, wish: str) -> Read:
         """What a wish asks for, and the items that it names."""
@@ -77,7 +73,8 @@ class References:
             left, right = text[: cue.start()].rstrip(), text[end:]
             but = self._but.match(right)
             right = right[but.end() :] if but else right
-            at, text = len(left), f"{left} {right.lstrip()}" if left.isascii() else left + right.lstrip()
+            right = right.lstrip()
+            at, text = len(left), left + ("" if _CHINESE.search(left[-1:] + right[:1]) else " ") + right
         if items or self._when.search(text):
             text = self._without_time(text)
         if items and not _PUNCTUATION.sub("", self._filler.sub(" ", text)):
@@ -158,18 +155,13 @@ def _all(key: str) -> list[str]:
     return [word for words in _wishes().values() for word in words[key]]
 
 
-def _longest_first(words: Sequence[str]) -> list[str]:
-    return sorted(set(words), key=lambda w: (-len(w), w))
-
-
-def _bounded(word: str) -> str:
-    """A pattern: words of letters with spaces between them end where a word ends; Chinese has no such bounds."""
-    pattern = r"\s+".join(map(re.escape, word.split()))
-    return rf"(?<!\w){pattern}(?!\w)" if word.isascii() else pattern
-
-
-def _either(words: Sequence[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(_bounded, _longest_first(words))), re.IGNORECASE)
+def _any(words: Sequence[str]) -> str:
+    """A pattern: any of the words, the longest first. Words of letters end where a word ends; Chinese has no such bounds."""
+    patterns = []
+    for word in sorted(set(words), key=lambda w: (-len(w), w)):
+        pattern = r"\s+".join(map(re.escape, word.split()))
+        patterns.append(rf"(?<!\w){pattern}(?!\w)" if word.isascii() else pattern)
+    return "|".join(patterns)
 
 
 @cache
