@@ -93,3 +93,8 @@ def test_any_wish_is_read(some: References, wish: str) -> None:
     read = some.read(wish)
     assert all(0 <= item < len(TITLES) for item in read.items)
     assert some.read(read.wish).wish == read.wish or read.items
+
+
+def test_a_long_wish_is_read_to_its_end(some: References) -> None:
+    read = some.read("like nothing " * 5000 + "but like Heat")
+    assert read.items == (HEAT,) and read.wish.startswith("like nothing like nothing")

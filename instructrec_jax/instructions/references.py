@@ -19,6 +19,7 @@ _OPEN = re.compile(r"\s*[\"'“‘《「『«]?\s*")
 _ARTICLE = r"(?:,\s*(?:The|A|An|Le|La|Les|L'|Il|El|Los|Las|Das|Der|Die)\b(?!\s+\w))?"  # "Godfather, The (1972)", as catalogues write it
 _BEHIND = re.compile(_ARTICLE + r"[\"'”’》」』»]?(?:\s*[(（](\d{4})[)）][\"'”’》」』»]?)?")
 _PUNCTUATION = re.compile(r"[\s,.;:!?，。；：！？、\-–—\"'“”‘’《》「」『』«»()（）]+")
+_LONGEST = 300  # characters of a title
 _CHINESE = re.compile("[\u4e00-\u9fff]")  # no space stands before or behind
 # Titles that are words of every sentence ("It", "Her") are meant only where they are written as titles.
 _COMMON = frozenset(
@@ -109,7 +110,7 @@ class References:
 
     def _title_at(self, text: str, at: int, *, quoted: bool = False) -> tuple[int, list[int]]:
         """(its end with a year and a closing quotation mark, the one item) of the longest title that begins at ``at``; [] for none."""
-        found = list(token_matches(text[at:]))
+        found = list(token_matches(text[at : at + _LONGEST]))
         if not found or found[0].start():
             return at, []
         written = [m[0].lower() for m in found]
