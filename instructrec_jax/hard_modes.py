@@ -6,6 +6,7 @@ split and beside the same classic recommenders:
 * *cold users*: each case again with its newest 0, 1, 3, 5 and 10 events as the whole history;
 * *long tail*: NDCG@10 by tenths of the targets, from the least to the most popular;
 * *cold items*: targets without a training event, ranked among the items without one (``data.split.kind: cold-items`` makes them);
+* *lifted items*: the same targets among all items as new items are lifted (``model.new_item_lift``), and what other targets lose by it;
 * *hard negatives*: the target against what the strongest classic recommender ranks highest for the user (InstructRec, Table 9);
 * *a named item*: somebody unknown asks for "something like" the newest item of the history;
 * *history order*: the same history as it was, reversed, and shuffled;
@@ -27,7 +28,7 @@ from jaxtyping import Int
 
 from instructrec_jax import baseline_store, retrieval
 from instructrec_jax.cases import Ranked, ScoreBlock, Task, rank, rank_first, sample_cases
-from instructrec_jax.data.schema import SPLIT_NAMES, TEST, Cases
+from instructrec_jax.data.schema import SPLIT_NAMES, TEST, VALID, Cases
 from instructrec_jax.errors import UserError
 from instructrec_jax.evaluate import MODEL, fit_baselines
 from instructrec_jax.evaluation import metrics, slices
@@ -47,6 +48,7 @@ _CASES = 2000  # at most, a fixed sample
 _ORDER_CASES = 200
 _ORDERS = 5  # of the candidates of one case
 _RIVALS = (9, 99)
+_LIFTS = (0, 2, 3, 4, 5, 6, 8)  # logits, above where the run has new items
 
 
 def hard_modes(
@@ -71,10 +73,11 @@ def hard_modes(
         fitted = {name: r for name, (r, _) in fit_baselines(s, include_valid=split == TEST, say=say).items()}
         if "content" not in fitted:  # what a new item has
             fitted["content"] = baseline_store.build("content", {}, s.config, s.prepared).fit(s.prepared.data)
-        hard = HardModes(s, scorer, fitted, cases, split, say)
+        hard = HardModes(s, scorer, fitted, cases, split, say, s.scorer(params, memory="train"))
         tables = [
             *hard.cold_users(),
             *hard.cold_items(),
+            *hard.lifted_items(),
             *hard.hard_negatives(),
             hard.named_item(),
             hard.history_order(),
@@ -105,7 +108,10 @@ class HardModes:
         cases: Cases,
         split: int,
         say: Say,
+        of_training: Scorer | None = None,
     ):
+        """``of_training``: a scorer that knows no validation event (default: ``scorer``)."""
+        self.of_training = of_training or scorer
         self.s, self.scorer, self.fitted, self.cases, self.split, self.say = s, scorer, fitted, cases, split, say
         self.data = s.prepared.data
         self.task = Task.of(self.data, cases)
@@ -140,6 +146,29 @@ class HardModes:
         cases = _some(self.cases, chosen)
         task = replace(Task.of(self.data, cases), candidates=np.broadcast_to(unseen, (len(cases), len(unseen))))
         return [self._table(self._ranked(task, task.histories), cases, "among the items unseen in training")]
+
+    def lifted_items(self) -> list[EvaluationResult]:
+        """What targets unseen in training gain among all items, and validation targets that were seen lose, as new items are lifted."""
+        new, valid = self.data.train_popularity == 0, self.data.cases(VALID)
+        unseen = np.flatnonzero(new[self.cases.target])
+        if not len(unseen) or new.all():
+            return []
+        self.say("  lifted items")
+        seen = sample_cases(_some(valid, np.flatnonzero(~new[valid.target])), _CASES, self.s.config.train.seed)
+        tables = [self._lifted(_some(self.cases, unseen), self.scorer, "new targets")]
+        return [*tables, self._lifted(seen, self.of_training, "validation, seen targets")] if len(seen) else tables
+
+    def _lifted(self, cases: Cases, scorer: Scorer, what: str) -> EvaluationResult:
+        new, task = self.data.train_popularity == 0, Task.of(self.data, cases)
+        prompts = [self._prompt(int(u), h.tolist()) for u, h in zip(cases.user, task.histories)]
+        plain = scorer.score_all(prompts)
+        up = new.astype(np.float32)
+        systems: dict[str, ScoreBlock] = {
+            f"{MODEL}, new items + {lift:g}": lambda a, b, lift=lift: plain[a:b] + lift * up for lift in _LIFTS
+        }
+        systems["content"] = lambda a, b: self.fitted["content"].score(task.histories[a:b])
+        ranked = {name: rank(task, score, 10) for name, score in systems.items()}
+        return self._table(ranked, cases, f"full, new items lifted: {what}")
 
     def hard_negatives(self) -> list[EvaluationResult]:
         """The target against the best n of the strongest classic recommender."""

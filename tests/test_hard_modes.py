@@ -52,6 +52,16 @@ def test_every_table_is_there(run_dir: Path) -> None:
     )
     (hard,) = [t for name, t in tables.items() if name.startswith("1+9 hard, by")]
     assert all(row["metrics"]["hr@10"]["mean"] == 1 for row in hard["rows"])  # ten candidates, ten places
+    up, down = (
+        tables[f"full, new items lifted: {what}"]["rows"] for what in ("new targets", "validation, seen targets")
+    )
+    assert (
+        [row["name"] for row in up]
+        == [row["name"] for row in down]
+        == [*(f"model, new items + {n}" for n in (0, 2, 3, 4, 5, 6, 8)), "content"]
+    )
+    gains, losses = ([row["metrics"]["hr@10"]["mean"] for row in rows[:-1]] for rows in (up, down))
+    assert gains == sorted(gains) and losses == sorted(losses, reverse=True) and gains[-1] > gains[0]
     (like,) = [t for name, t in tables.items() if name.startswith("full, something like the newest item (100%")]
     likes = {row["name"]: row["metrics"] for row in like["rows"]}
     one = {row["name"]: row["metrics"] for row in tables["full, newest 1 events"]["rows"]}
