@@ -65,10 +65,8 @@ def recommend(
         history += [find_item(s, name) for name in items]
         read = References(data, s.builder.domain).read(wish or "")
         shown = [*history, *read.items]
-        pauses = (
-            *pauses,
-            *(None for _ in (*items, *read.items)),
-        )  # what is added now follows the log at an unknown time
+        # What is added now follows the log at an unknown time.
+        pauses = (*pauses, *(None for _ in (*items, *read.items)))
         prompt = s.builder.recommend_prompt(
             shown, read.wish, preference, language or s.language, features=features, pauses=pauses
         )

@@ -80,7 +80,7 @@ def trained_alone(folder: str, model: ModelConfig) -> tuple[list[float], Any]:
 @pytest.mark.parametrize(
     "sizes, folder, kind, quantise",
     [
-        pytest.param((1, 8, 1), "smollm2", "lora", "none", marks=pytest.mark.slow),
+        ((1, 8, 1), "smollm2", "lora", "none"),
         pytest.param((2, 2, 2), "smollm2", "dora", "nf4", marks=pytest.mark.slow),
         pytest.param((2, 2, 2), "smollm2", "dora", "none", marks=pytest.mark.slow),
         pytest.param((1, 8, 1), "smollm2", "lora", "int8", marks=pytest.mark.slow),

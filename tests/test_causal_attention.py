@@ -39,7 +39,7 @@ def read_and_gradients(how, q, k, v, by, reads):
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([9, 64, 65, 200, 384]), st.booleans())
-@settings(max_examples=6, deadline=None, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.generate))
 def test_blocks_equal_the_whole_softmax(seed: int, length: int, trees: bool) -> None:
     r = np.random.default_rng(seed)
     q, k, v, by = random_heads(r, length)

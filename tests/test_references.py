@@ -88,11 +88,42 @@ def test_every_title_is_read_in_the_frame(titles: list[str], language: str) -> N
         assert some.read(frame.format(title=stem(title))).items == (item,)
 
 
-@given(st.text(max_size=60))
-def test_any_wish_is_read(some: References, wish: str) -> None:
+WORDS = [
+    "like",
+    "similar to",
+    "类似",
+    "像",
+    "and",
+    "but",
+    "或",
+    "的",
+    ",",
+    "“",
+    "”",
+    ":",
+    "the",
+    "film",
+    "it",
+    "funny",
+    "tonight",
+    "1995",
+    "(1995)",
+]
+
+
+@given(
+    st.lists(st.sampled_from([*WORDS, *TITLES, *map(stem, TITLES)]) | st.text(max_size=5), max_size=12),
+    st.sampled_from(["", " "]),
+)
+def test_any_wish_is_read(some: References, words: list[str], between: str) -> None:
+    """Whatever stands in it: items are named behind a word that says so, and what names nothing stays as it is."""
+    wish = between.join(words)
     read = some.read(wish)
-    assert all(0 <= item < len(TITLES) for item in read.items)
-    assert some.read(read.wish).wish == read.wish or read.items
+    assert all(0 <= item < len(TITLES) for item in read.items) and len(set(read.items)) == len(read.items)
+    if not any(cue in wish.lower() for cue in ("like", "similar to", "类似", "像")):
+        assert not read.items
+    if not read.items and "tonight" not in wish.lower():
+        assert read.wish == " ".join(wish.split()).strip(" ,;，；、")
 
 
 def test_a_long_wish_is_read_to_its_end(some: References) -> None:

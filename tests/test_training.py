@@ -140,7 +140,7 @@ def trained_params(config: Config, folder: Path, step: int) -> dict:
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(prepared: Path, tmp_path: Path) -> None:
-    config = tiny_config(prepared, steps=20, eval_every=10, checkpoint_every=4)
+    config = tiny_config(prepared, steps=40, eval_every=20, checkpoint_every=4)
     lines: list[str] = []
     run.train_run(config, tmp_path / "whole", lines.append)
 

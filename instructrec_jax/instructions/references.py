@@ -94,9 +94,10 @@ class References:
         items: list[int] = []
         end = start = at
         while True:
-            noun = self._noun.match(text, _OPEN.match(text, start).end())  # type: ignore[union-attr]
+            noun = self._noun.match(text, _opened(text, start))
             for begin in dict.fromkeys((start, noun.end() if noun else start)):
-                stop, item = self._title_at(text, _OPEN.match(text, begin).end(), quoted=_is_quoted(text, begin))  # type: ignore[union-attr]
+                first = _opened(text, begin)
+                stop, item = self._title_at(text, first, quoted=bool(text[begin:first].strip()))
                 if item:
                     break
             if not item:
@@ -147,8 +148,11 @@ def _before_colon(title: str) -> str:
     return title.split(":")[0]
 
 
-def _is_quoted(text: str, at: int) -> bool:
-    return bool(_OPEN.match(text, at)[0].strip())  # type: ignore[index]
+def _opened(text: str, at: int) -> int:
+    """Behind white space and a quotation mark, if they stand there."""
+    found = _OPEN.match(text, at)
+    assert found is not None  # it matches nothing, too
+    return found.end()
 
 
 def _all(key: str) -> list[str]:
