@@ -287,6 +287,7 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
             sequence_length=config.train.sequence_length,
             seed=config.train.seed,
             curriculum=config.train.curriculum,
+            look_ahead=config.train.look_ahead,
             process_index=index,
             process_count=count,
             say=hosts.voice(say),

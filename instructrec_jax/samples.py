@@ -98,6 +98,7 @@ def packed_batch(config: Config, step: int = 1) -> list[PackedRow]:
         sequence_length=train.sequence_length,
         seed=train.seed,
         curriculum=train.curriculum,
+        look_ahead=train.look_ahead,
     )
     try:
         batch = next(itertools.islice(batches, step - 1, None))

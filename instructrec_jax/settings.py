@@ -234,6 +234,8 @@ class TrainConfig:
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     batch_size: int = 32  # B, packed rows per step over all devices
     sequence_length: int = 128  # S, tokens per packed row
+    # Examples that wait where no row has room, while those behind them fill the rows (data/packing.py). 0 = the batch ends there
+    look_ahead: int = 0
     # Task, as named in the log, to the epoch at which it begins: {search: 0.5, rerank: 1}. The others begin at 0 (data/curriculum.py).
     curriculum: dict[str, float] = field(default_factory=dict, hash=False)
     accumulate: int = 1  # micro-batches per step, combined by sums and weights

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from instructrec_jax.config import InstructionConfig
 from instructrec_jax.data import loader, records, tokenizer
-from instructrec_jax.data.loader import Batch, Remaining, TokenisedRecords, training_iterator, useful_share
+from instructrec_jax.data.loader import TokenisedRecords, training_iterator, useful_share
+from instructrec_jax.data.packing import Batch, Position, Remaining, packed
 from instructrec_jax.data.records import Records
 from instructrec_jax.data.tokenise import FIELDS
 from instructrec_jax.data.tokenizer import Text
@@ -115,6 +116,8 @@ def test_rows_hold_several_examples_and_are_well_filled(made):
     some = list(islice(batches(made, rows=16), 10))
     assert np.mean([useful_share(b) for b in some]) > 0.75
     assert np.mean([b["segment_ids"].max(1).mean() for b in some]) > 1
+    waited = list(islice(batches(made, rows=16, look_ahead=16), 10))
+    assert np.mean([useful_share(b) for b in waited]) > np.mean([useful_share(b) for b in some]) + 0.02
 
 
 # --------------------------------------------------------------------------------------------------------------- packing
@@ -205,16 +208,48 @@ def test_a_position_in_other_data_is_refused(made):
             go(state)
 
 
+def tables_of(sizes: list[int]) -> list[np.ndarray]:
+    """Examples of so many tokens, each token the number of its example, from 1."""
+    return [np.full((n, len(FIELDS)), i + 1, np.int32) for i, n in enumerate(sizes)]
+
+
 def test_first_fit():
     """Sizes 5 4 3 6 2 into two rows of 10: 5+4, 3+6; the 2 has no room and begins the next batch."""
-    sizes = [5, 4, 3, 6, 2]
-    tables = [np.full((n, len(FIELDS)), i + 1, np.int32) for i, n in enumerate(sizes)]
-    batch, after = loader.packed(lambda place: tables[place], 0, 2, 10)
-    assert after == 4
+    tables = tables_of([5, 4, 3, 6, 2])
+    batch, after, held = packed(tables.__getitem__, 0, {}, 2, 10)
+    assert (after, held) == (4, {})
     assert batch["tokens"].tolist() == [[1] * 5 + [2] * 4 + [0], [3] * 3 + [4] * 6 + [0]]
     assert batch["segment_ids"].tolist() == [[1] * 5 + [2] * 4 + [0], [1] * 3 + [2] * 6 + [0]]
     assert batch["positions"].tolist() == [[*range(5), *range(4), 0], [*range(3), *range(6), 0]]
     assert all(batch[k].dtype == kind and batch[k].flags["C_CONTIGUOUS"] for k, kind in FIELDS.items())
+
+
+def test_those_behind_fill_the_rows_while_one_waits():
+    """Sizes 5 4 3 6 2 8 1 1 4 9: 2 and 8 wait, both of 1 find room, full rows end the batch; in the next 2 and 8 come first."""
+    tables = tables_of([5, 4, 3, 6, 2, 8, 1, 1, 4, 9])
+    batch, after, held = packed(tables.__getitem__, 0, {}, 2, 10, look_ahead=2)
+    assert batch["tokens"].tolist() == [[1] * 5 + [2] * 4 + [7], [3] * 3 + [4] * 6 + [8]]
+    assert (after, list(held)) == (8, [4, 5])
+    batch, after, held = packed(tables.__getitem__, after, held, 2, 10, look_ahead=0)
+    assert batch["tokens"].tolist() == [[5] * 2 + [6] * 8, [9] * 4 + [0] * 6]
+    assert (after, held) == (9, {}), "with nothing that may wait, the 9 ends the batch"
+
+
+@given(
+    st.lists(st.integers(1, 20), min_size=60, max_size=60), st.integers(1, 4), st.integers(0, 5), st.integers(20, 25)
+)
+def test_each_example_is_packed_once_whoever_waits(sizes, rows, look_ahead, length):
+    tables = tables_of([*sizes, *[length] * 200])
+    place, held, seen, kept = 0, {}, [], []
+    while place < len(sizes):
+        batch, place, held = packed(tables.__getitem__, place, held, rows, length, look_ahead)
+        assert len(held) <= look_ahead
+        real = batch["segment_ids"] > 0
+        seen += batch["tokens"][real].tolist()
+        kept += held
+    waiting = [number for at in held for number in [at + 1] * len(tables[at])]
+    assert Counter(seen + waiting) == Counter(n for at in range(place) for n in [at + 1] * len(tables[at]))
+    assert not kept or max(Counter(kept).values()) <= 1 + look_ahead // rows, "what waits comes first, in order"
 
 
 def test_a_loader_that_is_closed_ends_its_thread(made):
@@ -238,20 +273,21 @@ print(next(kept[0])["tokens"].shape)
     assert (done.returncode, done.stdout.strip()) == (0, "(400, 64)"), done.stderr
 
 
-@pytest.mark.parametrize("steps", [0, 1, 7, 150])
-def test_a_restored_iterator_continues_with_the_very_next_batch(made, steps):
-    stream = batches(made)
+@pytest.mark.parametrize(("steps", "look_ahead"), [(0, 0), (1, 0), (7, 0), (150, 0), (7, 5)])
+def test_a_restored_iterator_continues_with_the_very_next_batch(made, steps, look_ahead):
+    stream = batches(made, look_ahead=look_ahead)
     before = list(islice(stream, steps))
     state = stream.get_state()
     following = list(islice(stream, 6))
     if steps == 150:
         assert sum(len(segments(b)) for b in before) > 3 * len(Records(made[0])), "several epochs"
-    fresh = batches(made)
+    assert len(state["held"]) == look_ahead
+    fresh = batches(made, look_ahead=look_ahead)
     fresh.set_state(state)
     assert all(map(equal, islice(fresh, 6), following))
     stream.set_state(state)
     assert all(map(equal, islice(stream, 6), following)), "an iterator can go back"
-    used = batches(made)
+    used = batches(made, look_ahead=look_ahead)
     list(islice(used, 3))
     used.set_state(state)
     assert all(map(equal, islice(used, 6), following)), "whatever it did before"
@@ -319,16 +355,48 @@ def test_another_number_of_processes_loses_and_repeats_nothing(made, phases):
 
 def test_a_hole_beyond_what_was_given_stays_a_hole():
     left = Remaining((3, 5, 8, 9), 12)
-    assert left.after([1, 0]) == Remaining((5, 8, 9), 12)
-    assert left.after([0, 3]) == Remaining((3, 8, 12, 14), 15)  # its second, fourth and sixth place: 5, 9, 13
-    assert Remaining().after([4]) == Remaining((), 4)
-    assert Remaining().after([3, 1]) == Remaining((3, 5), 6)
+    none, one, three, four = (Position(n) for n in (0, 1, 3, 4))
+    assert left.after([one, none]) == Remaining((5, 8, 9), 12)
+    assert left.after([none, three]) == Remaining((3, 8, 12, 14), 15)  # its second, fourth and sixth place: 5, 9, 13
+    assert Remaining().after([four]) == Remaining((), 4)
+    assert Remaining().after([three, one]) == Remaining((3, 5), 6)
+
+
+def test_what_waits_was_not_given():
+    assert Remaining().after([Position(4, (1, 2))]) == Remaining((1, 2), 4)
+    # The first gave 8 and not 3, the second 5 and 13 and not 9.
+    assert Remaining((3, 5, 8, 9), 12).after([Position(2, (0,)), Position(3, (1,))]) == Remaining((3, 9, 12, 14), 15)
+
+
+positions = st.integers(0, 9).flatmap(
+    lambda given: st.builds(
+        Position, st.just(given), st.sets(st.integers(0, max(0, given - 1)), max_size=given).map(sorted).map(tuple)
+    )
+)
+
+
+@given(st.lists(st.lists(positions, min_size=1, max_size=4), min_size=1, max_size=4))
+def test_what_is_given_and_what_remains_are_everything(phases):
+    """However many processes there are in each phase, and whatever each of them holds back."""
+    remaining, out = Remaining(), []
+    for phase in phases:
+        for process, at in enumerate(phase):
+            out += [remaining[process + len(phase) * n] for n in range(at.given) if n not in at.held]
+        remaining = remaining.after(phase)
+    assert len(out) == sum(at.count for phase in phases for at in phase)
+    assert sorted([*out, *remaining.holes]) == list(range(remaining.start))
+    assert list(remaining.holes) == sorted(remaining.holes)
 
 
 @pytest.mark.parametrize(("rows", "processes"), [(5, 2), (8, 3), (1, 2)])
 def test_a_batch_that_does_not_divide_says_both_numbers(made, rows, processes):
     with pytest.raises(ConfigError, match=f"train.batch_size = {rows} does not divide over {processes} processes"):
         batches(made, rows=rows, process_count=processes)
+
+
+def test_a_look_ahead_below_zero_is_refused(made):
+    with pytest.raises(ConfigError, match=r"train\.look_ahead = -1 must be 0 or more"):
+        batches(made, look_ahead=-1)
 
 
 def test_fewer_records_than_processes(made):

@@ -1,4 +1,4 @@
-"""Batches for training: records → shuffle → tokenise → first-fit packing → ``[B, S]`` arrays.
+"""Batches for training: records → shuffle → tokenise → packing → ``[B, S]`` arrays.
 
 Deterministic in (records, seed, step, processes), and its position is a small dictionary that the checkpoint holds: a restored
 loader continues with the very next batch. Packed rows carry ``segment_ids`` (1.. per row, 0 = padding) and ``positions`` (restart
@@ -8,8 +8,8 @@ There is one order of all epochs, whatever the number of processes: epoch after 
 p of N reads places p, p + N, ... of it. On another number of processes, what N processes have not given away yet is dealt anew, so
 that every epoch still has each of its examples once.
 
-A batch is a group of rows that the next examples of the order fill, up to the first one that has room in none: where it ends is all
-that has to be known to go on. (Grain packs alike, at about ten times the time per example, which on a processor is taken from the step.)
+A batch is a group of rows that the next examples of the order fill (``packing.py``): where it ends, and which examples wait for the
+next one, is all that has to be known to go on.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import contextlib
 import json
 import queue
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,13 +29,13 @@ import numpy as np
 from jaxtyping import Int32
 
 from instructrec_jax.data.curriculum import Curriculum, begins
+from instructrec_jax.data.packing import Batch, Position, Remaining, packed
 from instructrec_jax.data.records import Records
 from instructrec_jax.data.tokenise import FIELDS, encode_example, truncate
 from instructrec_jax.data.tokenizer import Text
 from instructrec_jax.errors import ConfigError, DataError
 from instructrec_jax.instructions.example import InstructionExample
 
-Batch = dict[str, np.ndarray]
 BATCH_KEYS = (*FIELDS, "segment_ids", "positions")
 
 
@@ -80,54 +79,6 @@ class TokenisedRecords:
         return f"TokenisedRecords({self._records!r}, {self._length})"
 
 
-def packed(
-    examples: Callable[[int], Int32[np.ndarray, "tokens fields"]], first: int, rows: int, length: int
-) -> tuple[Batch, int]:
-    """A batch of the examples from place ``first`` on, each in the first row with room; and the place after its last one."""
-    fields = np.zeros((rows, length, len(FIELDS)), np.int32)
-    segments, positions = np.zeros((2, rows, length), np.int32)
-    used, count = [0] * rows, [0] * rows
-    place = first
-    while True:
-        table = examples(place)
-        size = len(table)
-        row = next((row for row in range(rows) if used[row] + size <= length), None)
-        if row is None:
-            break
-        start, end = used[row], used[row] + size
-        count[row] += 1
-        fields[row, start:end] = table
-        segments[row, start:end] = count[row]
-        positions[row, start:end] = _COUNTING[:size] if size <= len(_COUNTING) else np.arange(size)
-        used[row] = end
-        place += 1
-    columns = np.ascontiguousarray(np.moveaxis(fields, 2, 0))
-    batch = {key: column.view(kind) for (key, kind), column in zip(FIELDS.items(), columns)}
-    return {**batch, "segment_ids": segments, "positions": positions}, place
-
-
-_COUNTING = np.arange(4096, dtype=np.int32)
-
-
-@dataclass(frozen=True)
-class Remaining:
-    """Places of the order of all epochs that were not given away: ``holes`` (ascending, all below ``start``), then all from ``start``."""
-
-    holes: tuple[int, ...] = ()
-    start: int = 0
-
-    def __getitem__(self, index: int) -> int:
-        return self.holes[index] if index < len(self.holes) else self.start + index - len(self.holes)
-
-    def after(self, given: Sequence[int]) -> Remaining:
-        """What remains once process p of ``len(given)`` has given away its first ``given[p]`` places: p, p + N, ... of these."""
-        count = len(given)
-        following = [p + count * n for p, n in enumerate(given)]
-        beyond = max(*following, len(self.holes))
-        kept = (i for i in range(min(following), beyond) if i // count >= given[i % count])
-        return Remaining(tuple(self[i] for i in kept), self[beyond])
-
-
 class TrainingBatches:
     """An endless iterator of packed batches of one process; make it with ``training_iterator``.
 
@@ -137,32 +88,33 @@ class TrainingBatches:
 
     def __init__(
         self,
-        make: Callable[[Remaining, int], Iterator[tuple[Batch, int]]],
+        make: Callable[[Remaining, Position], Iterator[tuple[Batch, Position]]],
         data: str,
         process_index: int,
         process_count: int,
         say: Callable[[str], None],
     ):
-        """``make``: what remains, and the number that this process has given of it, to batches with that number after each.
+        """``make``: what remains, and this process's position in it, to batches with the position after each.
 
         ``data`` names the examples: a position in others is refused.
         """
         self._data = data
         self._make, self._process, self._processes, self._say = make, process_index, process_count, say
-        self._go_on(Remaining(), 0)
+        self._go_on(Remaining(), Position())
 
     def __iter__(self) -> TrainingBatches:
         return self
 
     def __next__(self) -> Batch:
-        batch, self._given = next(self._ahead)
+        batch, self._position = next(self._ahead)
         return batch
 
     def get_state(self) -> dict[str, Any]:
         """The position, as JSON values."""
         return {
             "processes": self._processes,
-            "given": self._given,
+            "given": self._position.given,
+            "held": list(self._position.held),
             "holes": list(self._remaining.holes),
             "start": self._remaining.start,
             "data": self._data,
@@ -176,17 +128,18 @@ class TrainingBatches:
         """
         self._check_data(state)
         self._ahead.close()
-        self._go_on(Remaining(tuple(state["holes"]), state["start"]), state["given"])
+        self._go_on(Remaining(tuple(state["holes"]), state["start"]), Position.of(state))
 
     def deal(self, states: Sequence[dict[str, Any]]) -> None:
         """Go on after the positions of all processes, which were another number than now."""
         self._check_data(states[0])
         before = Remaining(tuple(states[0]["holes"]), states[0]["start"])
         self._ahead.close()
-        self._go_on(before.after([state["given"] for state in states]), 0)
+        positions = [Position.of(state) for state in states]
+        self._go_on(before.after(positions), Position())
         self._say(
             f"the loader's position is that of {len(states)} slices of the data, there are {self._processes}: the batches differ from "
-            f"those of an uninterrupted run; {sum(s['given'] for s in states):,} examples were given since the last such change, and "
+            f"those of an uninterrupted run; {sum(at.count for at in positions):,} examples were given since the last such change, and "
             "each that is left of an epoch comes once"
         )
 
@@ -197,9 +150,9 @@ class TrainingBatches:
                 remedy="prepare the data that the run began with, or begin another run",
             )
 
-    def _go_on(self, remaining: Remaining, given: int) -> None:
-        self._remaining, self._given = remaining, given
-        self._ahead = Ahead(self._make(remaining, given))
+    def _go_on(self, remaining: Remaining, position: Position) -> None:
+        self._remaining, self._position = remaining, position
+        self._ahead = Ahead(self._make(remaining, position))
 
     async def save(self, directory: Any) -> Awaitable[None]:
         """Orbax's protocol: the position of now, written in the background."""
@@ -279,25 +232,28 @@ def training_iterator(
     sequence_length: int,
     seed: int,
     curriculum: Mapping[str, float] | None = None,
+    look_ahead: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     say: Callable[[str], None] = lambda _: None,
 ) -> TrainingBatches:
     """An endless iterator of packed batches for this process: ``batch_size // process_count`` rows each.
 
-    Each epoch is shuffled anew (seed + epoch); ``curriculum`` is as of ``TrainConfig``. ``get_state`` / ``set_state`` are exact for the
-    same number of processes; ``say`` is told where another number makes the batches differ.
+    Each epoch is shuffled anew (seed + epoch); ``curriculum`` and ``look_ahead`` are as of ``TrainConfig``. ``get_state`` / ``set_state``
+    are exact for the same number of processes; ``say`` is told where another number makes the batches differ.
 
     Raises:
         DataError: a shard is missing or damaged.
-        ConfigError: the batch does not divide over the processes, there are fewer records than processes, or the curriculum does not fit
-            the records.
+        ConfigError: the batch does not divide over the processes, there are fewer records than processes, ``look_ahead`` is negative, or
+            the curriculum does not fit the records.
     """
     if batch_size % process_count:
         raise ConfigError(
             f"train.batch_size = {batch_size} does not divide over {process_count} processes",
             remedy=f"use a multiple of {process_count}",
         )
+    if look_ahead < 0:
+        raise ConfigError(f"train.look_ahead = {look_ahead} must be 0 or more")
     read = Records(records)
     source = TokenisedRecords(read, text, sequence_length)
     if len(source) < process_count:
@@ -308,20 +264,23 @@ def training_iterator(
     if curriculum:
         order = Curriculum(begins(read, curriculum), seed)
 
-    def make(remaining: Remaining, given: int) -> Iterator[tuple[Batch, int]]:
+    def make(remaining: Remaining, position: Position) -> Iterator[tuple[Batch, Position]]:
+        def read(places: Iterable[int]) -> dict[int, np.ndarray]:
+            numbers = [cast(int, order[remaining[process_index + process_count * p]]) for p in places]
+            return dict(zip(places, source.__getitems__(numbers), strict=True))
+
         block: dict[int, np.ndarray] = {}  # of the place asked for and those after it
 
         def example(place: int) -> np.ndarray:
             if place not in block:
                 block.clear()
-                places = range(place, place + READ)
-                numbers = [cast(int, order[remaining[process_index + process_count * p]]) for p in places]
-                block.update(zip(places, source.__getitems__(numbers), strict=True))
+                block.update(read(range(place, place + READ)))
             return block[place]
 
+        place, held = position.given, read(position.held)
         while True:
-            batch, given = packed(example, given, rows, sequence_length)
-            yield batch, given
+            batch, place, held = packed(example, place, held, rows, sequence_length, look_ahead)
+            yield batch, Position(place, tuple(held))
 
     return TrainingBatches(make, repr(source), process_index, process_count, say)
 

@@ -18,14 +18,14 @@ Work = Callable[[], object]
 class Side:
     """One side's work in a process of its own, which runs it when told to and answers with the seconds."""
 
-    def __init__(self, arguments: list[str], *, runs: int = 6, turns: int | None = None):
-        """Start this Python with ``arguments``: a script that calls ``serve``. Waits until it has warmed up.
+    def __init__(self, arguments: list[str], *, runs: int = 6, turns: int | None = None, python: str = sys.executable):
+        """Start ``python`` with ``arguments``: a script that calls ``serve``. Waits until it has warmed up.
 
         ``runs``: of one turn. ``turns``: how many it takes at most; None = one in every round.
         """
         self.runs, self.turns = runs, turns
         self.times: list[float] = []  # of every run
-        command = [sys.executable, *arguments]
+        command = [python, *arguments]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._answer()
 

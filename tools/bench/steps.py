@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sides import Work
 
@@ -18,6 +18,7 @@ SHAPE = {
     "hidden_act": "silu", "tie_word_embeddings": True, "rope_theta": 100000.0,
 }  # fmt: skip
 RATE = 1e-4
+Precision = Literal["float32", "bfloat16"]
 
 
 def random_model(scratch: Path) -> Path:
@@ -64,8 +65,13 @@ def our_forward(folder: Path, tokens: Any) -> Work:
     return run
 
 
-def our_steps(kind: str, folder: Path, batches: list[dict[str, Any]], logits_chunk: int) -> Work:
-    """This project's training step (``full_step`` or ``lora_step``) on every batch of ``[B, S]``."""
+def our_steps(
+    kind: str, folder: Path, batches: list[dict[str, Any]], logits_chunk: int, precision: Precision = "float32"
+) -> Work:
+    """This project's training step (``full_step`` or ``lora_step``) on every batch of ``[B, S]``.
+
+    ``precision``: of the products. What is trained is float32 either way, and LoRA's frozen weights are stored in it.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -80,7 +86,7 @@ def our_steps(kind: str, folder: Path, batches: list[dict[str, Any]], logits_chu
         arch = read_config(folder)
         lora = kind == "lora_step"
         options = ModelConfig(
-            pretrained="x", dropout=0.0, item_dropout=0.0,
+            pretrained="x", dropout=0.0, item_dropout=0.0, dtype=precision, param_dtype=precision if lora else "float32",
             adapter=AdapterConfig(rank=8 if lora else 0), trainable=("adapter",) if lora else ("all",),
         )  # fmt: skip
         rows, length = batches[0]["tokens"].shape
@@ -91,7 +97,7 @@ def our_steps(kind: str, folder: Path, batches: list[dict[str, Any]], logits_chu
         config = Config(model=options, train=train)
         sizes = Sizes(padded(arch.vocab))
         content = jnp.zeros((0, 0), jnp.float32)
-        trained, frozen = init_model(config, arch, sizes, content, 0, load_params(folder, arch))
+        trained, frozen = init_model(config, arch, sizes, content, 0, load_params(folder, arch, options.param_dtype))
         state = [init_state(trained, train)]
         step = make_train_step(config, arch, sizes, 0)
         put = [put_batch(batch, 1) for batch in batches]
@@ -114,13 +120,13 @@ def _mesh() -> Any:
     return make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
 
 
-def _their_model(folder: Path, threads: int) -> Any:
+def _their_model(folder: Path, threads: int, precision: Precision = "float32") -> Any:
     import torch  # pyright: ignore[reportMissingImports]
     import transformers
 
     torch.set_num_threads(threads)
     load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(folder, dtype=torch.float32, attn_implementation="sdpa")
+    model = load(folder, dtype=getattr(torch, precision), attn_implementation="sdpa")
     model.config.use_cache = False
     return model
 
@@ -138,12 +144,18 @@ def their_forward(folder: Path, tokens: Any, threads: int) -> Work:
     return run
 
 
-def their_steps(kind: str, folder: Path, batches: list[dict[str, Any]], threads: int) -> Work:
-    """The same step by transformers on PyTorch: sdpa attention, fused AdamW, peft's LoRA. ``batches`` are arguments of the model."""
+def their_steps(
+    kind: str, folder: Path, batches: list[dict[str, Any]], threads: int, precision: Precision = "float32"
+) -> Work:
+    """The same step by transformers on PyTorch: sdpa attention, fused AdamW, peft's LoRA. ``batches`` are arguments of the model.
+
+    ``bfloat16`` is PyTorch's autocast over float32 weights, and LoRA's over frozen weights that are bfloat16 already.
+    """
     import torch  # pyright: ignore[reportMissingImports]
 
-    model = _their_model(folder, threads)
-    if kind == "lora_step":
+    lora = kind == "lora_step"
+    model = _their_model(folder, threads, precision if lora else "float32")
+    if lora:
         import peft  # pyright: ignore[reportMissingImports]
 
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -156,7 +168,9 @@ def their_steps(kind: str, folder: Path, batches: list[dict[str, Any]], threads:
     def run() -> None:
         for batch in put:
             optimizer.zero_grad(set_to_none=True)
-            model(**batch).loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                loss = model(**batch).loss
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(learnt, 1.0)
             optimizer.step()
 

@@ -4,7 +4,8 @@
     python tools/bench/train.py --only packed --rounds 5    # one of full_step, lora_step, packed, loader
 
 Needs torch (a CPU build), transformers and peft in the same environment (``make parity`` makes one), and SmolLM2-135M
-(``instructrec model fetch smollm2-135m``). float32.
+(``instructrec model fetch smollm2-135m``). float32, or with ``--precision bfloat16`` mixed precision on both sides: float32 weights that
+learn, products in bfloat16 (PyTorch's autocast).
 
     full_step, lora_step    8 rows x 256 tokens, every token predicted; all weights, or rank 8 on all projections; AdamW
     packed                  real instructions of the embedded data, 40 to 300 tokens, with LoRA. Ours packs them into rows of 512, 4 to a
@@ -22,6 +23,7 @@ import argparse
 import json
 import os
 import pickle
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -34,7 +36,7 @@ from instructrec_jax.host_memory import with_large_pages
 
 KINDS = ("full_step", "lora_step", "packed", "loader")
 ROWS, LENGTH = 8, 256
-PACKED_ROWS, PACKED_LENGTH, CHUNK = 4, 512, 32
+PACKED_ROWS, PACKED_LENGTH, CHUNK, LOOK_AHEAD = 4, 512, 32, 8
 SHORTEST, LONGEST = 40, 300
 BATCHES = 200  # that the loader makes
 PRESET = Path(__file__).parents[2] / "configs" / "smollm2_135m_lora_movielens.yaml"
@@ -49,6 +51,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="runs of a turn (default 3)")
     parser.add_argument("--batches", type=int, default=3, help="packed: steps of ours in a run (default 3)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch (default: all cores)")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="both sides' (default float32)"
+    )
+    parser.add_argument(
+        "--our-python", default=sys.executable, help="that runs our side, with another jax (default: this one)"
+    )
     parser.add_argument("--only", choices=KINDS, help="one kind of work")
     parser.add_argument("--prepared", help="folder to keep the prepared instructions in (default: made anew, a minute)")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
@@ -107,8 +115,12 @@ def open_sides(
 ) -> dict[str, Side]:
     """Processes that do the work of a case."""
     file = scratch / "case.pickle"
-    file.write_bytes(pickle.dumps({**case, "threads": arguments.threads}))
-    return {name: Side([__file__, "--side", name, str(file)], runs=arguments.runs) for name in names}
+    file.write_bytes(pickle.dumps({**case, "threads": arguments.threads, "precision": arguments.precision}))
+    pythons = {"ours": arguments.our_python}
+    return {
+        name: Side([__file__, "--side", name, str(file)], runs=arguments.runs, python=pythons.get(name, sys.executable))
+        for name in names
+    }
 
 
 def side(name: str, file: str) -> Work:
@@ -118,8 +130,8 @@ def side(name: str, file: str) -> Work:
     case = pickle.loads(Path(file).read_bytes())
     folder = Path(case["folder"])
     if name == "ours":
-        return our_steps(case["kind"], folder, case["ours"], case["chunk"])
-    return their_steps(case["kind"], folder, case["theirs"], case["threads"])
+        return our_steps(case["kind"], folder, case["ours"], case["chunk"], case["precision"])
+    return their_steps(case["kind"], folder, case["theirs"], case["threads"], case["precision"])
 
 
 def whole(kind: str, folder: str) -> dict[str, Any]:
@@ -140,7 +152,8 @@ def instructions(folder: str, arguments: argparse.Namespace, scratch: Path) -> d
     """The same real instructions packed for us and padded for PyTorch."""
     import numpy as np
 
-    from instructrec_jax.data.loader import TokenisedRecords, packed
+    from instructrec_jax.data.loader import TokenisedRecords
+    from instructrec_jax.data.packing import packed
     from instructrec_jax.data.records import Records
     from instructrec_jax.data.tokenise import FIELDS
 
@@ -148,17 +161,19 @@ def instructions(folder: str, arguments: argparse.Namespace, scratch: Path) -> d
     source = TokenisedRecords(Records(prepared.records), prepared.text, 4096)
     order = np.random.default_rng(0).permutation(len(source))[:2000]
     examples = [e for e in (source[int(i)] for i in order) if SHORTEST <= len(e) <= LONGEST]
-    ours, place = [], 0
+    ours, place, held = [], 0, {}
     for _ in range(arguments.batches):
-        batch, place = packed(examples.__getitem__, place, PACKED_ROWS, PACKED_LENGTH)
+        batch, place, held = packed(examples.__getitem__, place, held, PACKED_ROWS, PACKED_LENGTH, LOOK_AHEAD)
         ours.append(batch)
-    taken = examples[:place]
+    taken = [examples[at] for at in range(place) if at not in held]
     word, target = list(FIELDS).index("tokens"), list(FIELDS).index("text_target")
-    theirs = [padded_rows([(e[:, word], e[:, target]) for e in taken[at : at + ROWS]]) for at in range(0, place, ROWS)]
+    theirs = [
+        padded_rows([(e[:, word], e[:, target]) for e in taken[at : at + ROWS]]) for at in range(0, len(taken), ROWS)
+    ]
     sizes = np.array([len(e) for e in taken])
     places = {"ours": ours[0]["tokens"].size * len(ours), "theirs": sum(b["input_ids"].size for b in theirs)}
     about = {
-        "examples": place, "mean_length": float(sizes.mean()), "shortest": int(sizes.min()), "longest": int(sizes.max()),
+        "examples": len(taken), "mean_length": float(sizes.mean()), "shortest": int(sizes.min()), "longest": int(sizes.max()),
         "ours_steps": len(ours), "torch_steps": len(theirs),
         "ours_useful_share": float(sizes.sum() / places["ours"]), "torch_useful_share": float(sizes.sum() / places["theirs"]),
     }  # fmt: skip
@@ -204,7 +219,8 @@ def loader(
     """Examples a second and core of the loader, first read and tokenised and then cached; and what our step takes."""
     from itertools import islice
 
-    from instructrec_jax.data.loader import Remaining, training_iterator
+    from instructrec_jax.data.loader import training_iterator
+    from instructrec_jax.data.packing import Position, Remaining
 
     if packed is None:
         sides = open_sides(case, ("ours",), scratch, arguments)
@@ -214,15 +230,19 @@ def loader(
         seconds = packed["ours_seconds"]
     prepared = prepare_mix(arguments, scratch)
     made = training_iterator(
-        prepared.records, prepared.text, batch_size=PACKED_ROWS, sequence_length=PACKED_LENGTH, seed=0
+        prepared.records,
+        prepared.text,
+        batch_size=PACKED_ROWS,
+        sequence_length=PACKED_LENGTH,
+        seed=0,
+        look_ahead=LOOK_AHEAD,
     )
     made.close()  # the thread; its work is timed here, in this one
     rates = {}
     for name in ("first_time_per_core", "cached_per_core"):
-        begun, given = time.process_time(), 0
-        for _, given in islice(made._make(Remaining(), 0), BATCHES):  # noqa: B007 (the last one is the number of examples)
-            pass
-        rates[name] = given / (time.process_time() - begun)
+        begun = time.process_time()
+        *_, (_, reached) = islice(made._make(Remaining(), Position()), BATCHES)
+        rates[name] = reached.count / (time.process_time() - begun)
     return {"work": "loader", **rates, "step_examples_per_second": case["about"]["examples"] / seconds}
 
 
