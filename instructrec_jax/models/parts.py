@@ -233,7 +233,8 @@ def _product_backward(equation: str, out: P, kept: tuple, change: jax.Array) -> 
     inputs, column = right[:-1], right[-1]
     if w.shape[-1] <= _FEW and not set(inputs) & set(result):
         turned = jnp.einsum(f"{result},{left}->{column}{inputs}", change, x, out_sharding=P(spec[-1], *spec[:-1]))
-        return by_x, jnp.moveaxis(turned, 0, -1)
+        # Without the barrier XLA takes turning the result into the product, which then has few columns again.
+        return by_x, jnp.moveaxis(jax.lax.optimization_barrier(turned), 0, -1)
     by_w = jnp.einsum(f"{left},{result}->{right}", x, change, out_sharding=spec)
     return by_x, by_w
 

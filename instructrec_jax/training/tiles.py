@@ -263,7 +263,7 @@ def _tiles(plan: _Plan, table: jax.Array, bias: jax.Array | None, dtype: Any) ->
 
     def tile(number: jax.Array) -> _Tile:
         own = jax.lax.dynamic_slice_in_dim(table, number * size, size).astype(dtype)
-        rows = jax.lax.all_gather(own, "fsdp", axis=1, tiled=True)
+        rows = jax.lax.all_gather(own, "fsdp", axis=1, tiled=True) if jax.lax.axis_size("fsdp") > 1 else own
         part = None if bias is None else jax.lax.dynamic_slice_in_dim(bias, number * size, size)
         first = offset + number * size
         closed = jnp.where(first + jnp.arange(size) < plan.count, 0.0, _NONE) if padded else None
