@@ -182,15 +182,15 @@ def test_the_same_seed_gives_the_same_batches(made):
 
 
 def test_an_error_in_the_thread_comes_with_its_batch(made, monkeypatch):
-    made_table, calls = TokenisedRecords._table, []
+    kept, calls = TokenisedRecords._kept, []
 
-    def fails_later(self, index, example):
+    def fails_later(self, index, table):
         calls.append(index)
         if len(calls) > 40:
             raise DataError("a record is damaged")
-        return made_table(self, index, example)
+        return kept(self, index, table)
 
-    monkeypatch.setattr(TokenisedRecords, "_table", fails_later)
+    monkeypatch.setattr(TokenisedRecords, "_kept", fails_later)
     stream = batches(made)
     with pytest.raises(DataError, match="a record is damaged"):
         for _ in range(40):

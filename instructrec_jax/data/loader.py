@@ -28,13 +28,13 @@ import grain
 import numpy as np
 from jaxtyping import Int32
 
+from instructrec_jax.data.blocks import encode_records
 from instructrec_jax.data.curriculum import Curriculum, begins
 from instructrec_jax.data.packing import Batch, Position, Remaining, packed
 from instructrec_jax.data.records import Records
-from instructrec_jax.data.tokenise import FIELDS, encode_example, truncate
+from instructrec_jax.data.tokenise import FIELDS, fields_of, truncate
 from instructrec_jax.data.tokenizer import Text
 from instructrec_jax.errors import ConfigError, DataError
-from instructrec_jax.instructions.example import InstructionExample
 
 BATCH_KEYS = (*FIELDS, "segment_ids", "positions")
 
@@ -64,14 +64,17 @@ class TokenisedRecords:
     def __getitems__(self, indices: Sequence[int]) -> list[Int32[np.ndarray, "tokens fields"]]:
         """Several tables at once, which is faster."""
         missing = list(dict.fromkeys(index for index in indices if index not in self._cache))
-        made = {i: self._table(i, example) for i, example in zip(missing, self._records.__getitems__(missing))}
+        tables = encode_records(self._records.read(missing), self._text) if missing else []
+        made = {index: self._kept(index, table) for index, table in zip(missing, tables, strict=True)}
         return [made[index] if index in made else self._cache[index] for index in indices]
 
-    def _table(self, index: int, example: InstructionExample) -> Int32[np.ndarray, "tokens fields"]:
-        arrays = truncate(encode_example(example, self._text), self._length, len(self._text.before))[0]
-        table = np.stack([arrays[key].astype(kind, copy=False).view(np.int32) for key, kind in FIELDS.items()], axis=1)
+    def _kept(self, index: int, table: Int32[np.ndarray, "tokens fields"]) -> Int32[np.ndarray, "tokens fields"]:
+        if len(table) > self._length:
+            arrays = truncate(fields_of(table), self._length, len(self._text.before))[0]
+            table = np.stack([array.view(np.int32) for array in arrays.values()], axis=1)
         if table.nbytes <= self._room:
             self._room -= table.nbytes
+            table = table.copy()  # a part of a large array would keep all of it
             self._cache[index] = table
         return table
 

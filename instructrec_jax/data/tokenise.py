@@ -12,13 +12,14 @@ Every array has one entry per token; ``0`` in an index array means "none", so th
 
 from __future__ import annotations
 
+import functools
 import re
-import struct
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 from instructrec_jax.data.tokenizer import Text
 from instructrec_jax.errors import DataError
@@ -40,20 +41,28 @@ FIELDS = {
     "item_target": np.int32,
     "task": np.int32,
 }
-_TOKENS, _ITEM, _FEATURE, _VALUE, _TEXT_TARGET, _ITEM_TARGET, _TASK = range(len(FIELDS))  # rows of a table
+_TOKENS, _ITEM, _FEATURE, _VALUE, _TEXT_TARGET, _ITEM_TARGET, _TASK = range(len(FIELDS))  # columns of a table
 _SHORT, _KNOWN = 512, 1 << 13  # characters of a text whose layout is kept, and how many
 TASKS = ("sequential", "search", "rerank", "pointwise", "describe", "pairwise", "widened")
 
 
 def task_of(example: InstructionExample) -> str:
     """The task family of an example, as named in the training log."""
-    if example.metric == "none":
-        return "widened"
-    if example.task != "T2":
-        return {"T0": "pointwise", "T1": "pairwise", "T3": "rerank"}[example.task]
-    if example.answer:
-        return "describe"
-    return "search" if example.intention != "I0" else "sequential"
+    return TASKS[task_number(example.metric, example.task, bool(example.answer), example.intention) - 1]
+
+
+@functools.cache
+def task_number(metric: str, task: str, answered: bool, intention: str) -> int:
+    """The place of a task family in ``TASKS``, from 1."""
+    if metric == "none":
+        name = "widened"
+    elif task != "T2":
+        name = {"T0": "pointwise", "T1": "pairwise", "T3": "rerank"}[task]
+    elif answered:
+        name = "describe"
+    else:
+        name = "search" if intention != "I0" else "sequential"
+    return TASKS.index(name) + 1
 
 
 _PIECES = re.compile(
@@ -61,17 +70,30 @@ _PIECES = re.compile(
 )
 
 
-class _Layout(NamedTuple):
-    """A text with slots as tokens. Soft tokens come in runs (place, how many)."""
+class Layout(NamedTuple):
+    """A text with slots as tokens."""
 
     tokens: Int32[np.ndarray, " tokens"]  # of words, or what stands where a soft token does
-    items: list[tuple[int, int]]
-    features: list[tuple[int, int]]
-    said: list[tuple[int, int]]  # from, to: titles that are learnt
-    slots: tuple[int, int]  # for items, for features
+    items: Int[np.ndarray, " items"]  # places of the items' soft tokens
+    features: Int[np.ndarray, " features"]
+    said: Int[np.ndarray, " said"]  # places of the tokens of titles that are learnt
 
 
-def _laid(text: Text, words: str, before: tuple[int, ...] = (), after: tuple[int, ...] = ()) -> _Layout:
+_NO_PLACES = np.zeros(0, np.int64)
+_NOTHING = Layout(np.zeros(0, np.int32), _NO_PLACES, _NO_PLACES, _NO_PLACES)
+
+
+def new_prompt_layout(text: Text, words: str) -> Layout:
+    """The layout of a prompt, with what stands around it."""
+    return _layout(text, words, text.before, text.after)
+
+
+def answer_layout(text: Text, words: str) -> Layout:
+    """The layout of an answer, with what ends it; nothing for an example without an answer in words."""
+    return _laid(text, words, (), text.end) if words else _NOTHING
+
+
+def _laid(text: Text, words: str, before: tuple[int, ...], after: tuple[int, ...]) -> Layout:
     """The layout of a text; the ids ``before`` and ``after`` stand around it.
 
     Short texts are kept: the prompts of many records are the same but for their items.
@@ -81,91 +103,78 @@ def _laid(text: Text, words: str, before: tuple[int, ...] = (), after: tuple[int
     if known is not None:
         return known
     made = _layout(text, words, before, after)
-    if len(words) <= _SHORT:
-        made.tokens.flags.writeable = False
-        if len(text.layouts) >= _KNOWN:
-            text.layouts.clear()
-        text.layouts[name] = made
+    for part in made:
+        part.flags.writeable = False
+    keep(text, name, made, len(words))
     return made
 
 
-def _layout(text: Text, words: str, before: tuple[int, ...], after: tuple[int, ...]) -> _Layout:
-    parts: list[Any] = [before]
-    place, opened = len(before), 0
-    items: list[tuple[int, int]] = []
-    features: list[tuple[int, int]] = []
-    said: list[tuple[int, int]] = []
+def keep(text: Text, name: tuple, made: Any, size: int) -> None:
+    """Keep a layout, or what holds one, for when its name comes again, unless it is large."""
+    if size <= _SHORT:
+        if len(text.layouts) >= _KNOWN:
+            text.layouts.clear()
+        text.layouts[name] = made
+
+
+def _layout(text: Text, words: str, before: tuple[int, ...], after: tuple[int, ...]) -> Layout:
+    tokens = list(before)
+    opened = 0
+    items: list[int] = []
+    features: list[int] = []
+    said: list[int] = []
     for piece in _PIECES.findall(words):
-        kind = piece[0]
+        kind, place = piece[0], len(tokens)
         if kind == TITLE_OPEN:
             opened = place
         elif kind == TITLE_CLOSE:
-            said.append((opened, place))
+            said += range(opened, place)
+        elif kind == ITEM_SLOT:
+            items += range(place, place + len(piece))
+            tokens += [text.item] * len(piece)
+        elif kind == FEATURE_SLOT:
+            features += range(place, place + len(piece))
+            tokens += [text.feature] * len(piece)
         else:
-            if kind == ITEM_SLOT:
-                items.append((place, len(piece)))
-                ids = np.full(len(piece), text.item)
-            elif kind == FEATURE_SLOT:
-                features.append((place, len(piece)))
-                ids = np.full(len(piece), text.feature)
-            else:
-                ids = text.ids(piece)
-            parts.append(ids)
-            place += len(ids)
-    tokens = np.concatenate([*parts, after]).astype(np.int32)
-    return _Layout(tokens, items, features, said, (sum(n for _, n in items), sum(n for _, n in features)))
+            tokens += text.encode(piece)
+    tokens += after
+    return Layout(np.array(tokens, np.int32), _places(items), _places(features), _places(said))
 
 
-def _refuse(layout: _Layout, items: Sequence[int], features: Sequence[Feature], where: str) -> None:
-    raise DataError(
-        f"{where}: {len(items)} items and {len(features)} features, "
-        f"but slots for {layout.slots[0]} and {layout.slots[1]}"
-    )
+def _places(places: list[int]) -> Int[np.ndarray, " places"]:
+    return np.array(places, np.int64) if places else _NO_PLACES
 
 
-def _fill(table: np.ndarray, start: int, layout: _Layout, items: Sequence[int], features: Sequence[Feature]) -> None:
-    """Write a layout and what fills its slots into the columns from ``start`` on."""
-    table[_TOKENS, start : start + len(layout.tokens)] = layout.tokens
-    if items:
-        # By way of bytes, which takes a third of the time of an array of Python's numbers.
-        indices, taken = np.frombuffer(struct.pack(f"{len(items)}i", *items), np.int32) + 1, 0
-        for place, count in layout.items:
-            table[_ITEM, start + place : start + place + count] = indices[taken : taken + count]
-            taken += count
-    taken = 0
-    for place, count in layout.features:
-        some = features[taken : taken + count]
-        columns = slice(start + place, start + place + count)
-        table[_FEATURE, columns] = [f.index + 1 for f in some]
-        table[_VALUE, columns] = np.array([f.value for f in some], np.float32).view(np.int32)
-        taken += count
+def _check(layout: Layout, items: Sequence[int], features: Sequence[Feature], where: str) -> Layout:
+    if len(layout.items) != len(items) or len(layout.features) != len(features):
+        raise DataError(
+            f"{where}: {len(items)} items and {len(features)} features, "
+            f"but slots for {len(layout.items)} and {len(layout.features)}"
+        )
+    return layout
 
 
-def _arrays(table: np.ndarray) -> dict[str, np.ndarray]:
-    """The rows of a table by name, each in its own kind."""
-    arrays = dict(zip(FIELDS, table))
+def fields_of(table: Int32[np.ndarray, "tokens fields"]) -> dict[str, np.ndarray]:
+    """The columns of a table by name, each in its own kind."""
+    arrays = dict(zip(FIELDS, np.ascontiguousarray(table.T)))
     arrays["feature_value"] = arrays["feature_value"].view(np.float32)
     return arrays
 
 
 def encode_prompt(example: InstructionExample, text: Text) -> dict[str, np.ndarray]:
-    """``<bos>`` + prompt, or the prompt in its chat frame, without targets: what the scorer reads."""
-    layout = _prompt(example, text)
-    table = np.zeros((_VALUE + 1, len(layout.tokens)), np.int32)
-    _fill(table, 0, layout, example.prompt_items, example.features)
-    return _arrays(table)
-
-
-def _prompt(example: InstructionExample, text: Text) -> _Layout:
-    """The prompt's layout.
+    """``<bos>`` + prompt, or the prompt in its chat frame, without targets: what the scorer reads.
 
     Raises:
-        DataError: it has other numbers of slots than there are items or features.
+        DataError: the prompt has other numbers of slots than there are items or features.
     """
-    layout = _laid(text, example.prompt, text.before, text.after)
-    if layout.slots != (len(example.prompt_items), len(example.features)):
-        _refuse(layout, example.prompt_items, example.features, example.template)
-    return layout
+    layout = _check(
+        _laid(text, example.prompt, text.before, text.after), example.prompt_items, example.features, example.template
+    )
+    table = np.zeros((len(layout.tokens), _VALUE + 1), np.int32)
+    table[:, _TOKENS] = layout.tokens
+    table[layout.items, _ITEM] = np.asarray(example.prompt_items, np.int32) + 1
+    _fill_features(table, layout.features, [example.features])
+    return fields_of(table)
 
 
 def encode_answer(words: str, text: Text) -> list[int]:
@@ -174,47 +183,123 @@ def encode_answer(words: str, text: Text) -> list[int]:
 
 
 def encode_example(example: InstructionExample, text: Text) -> dict[str, np.ndarray]:
-    """All arrays of one training example, ``<bos>`` prompt answer ``<eos>``.
+    """All arrays of one training example; see ``tables``.
+
+    Raises:
+        DataError: a text has other numbers of slots than there are items or features.
+    """
+    return fields_of(encode_examples([example], text)[0])
+
+
+def encode_examples(examples: Sequence[InstructionExample], text: Text) -> list[Int32[np.ndarray, "tokens fields"]]:
+    """The same for several, as ``tables`` gives them."""
+    if not examples:
+        return []
+    prompts = [
+        _check(_laid(text, e.prompt, text.before, text.after), e.prompt_items, e.features, e.template) for e in examples
+    ]
+    answers = [
+        _check(answer_layout(text, e.answer), e.answer_items, (), e.template) if e.answer else _NOTHING
+        for e in examples
+    ]
+    block = Block(
+        prompts=prompts,
+        answers=answers,
+        prompt_items=joined([e.prompt_items for e in examples]),
+        answer_items=joined([e.answer_items for e in examples if e.answer]),
+        features=[e.features for e in examples],
+        target=np.array([e.target for e in examples], np.int64),
+        dense_from=np.array([e.dense_from if e.dense else NEVER for e in examples], np.int64),
+        task=np.array([task_number(e.metric, e.task, bool(e.answer), e.intention) for e in examples], np.int32),
+    )
+    return tables(block)
+
+
+def joined(rows: Sequence[Sequence[int]]) -> Int32[np.ndarray, " numbers"]:
+    """The numbers of all rows, one after the other."""
+    return np.fromiter(chain.from_iterable(rows), np.int32)
+
+
+class Block(NamedTuple):
+    """What the tables of several examples are made of; every layout has as many slots as there is to fill them."""
+
+    prompts: Sequence[Layout]
+    answers: Sequence[Layout]  # nothing: the example ends with its prompt
+    prompt_items: Int32[np.ndarray, " prompt_items"]  # of all, one example after the other
+    answer_items: Int32[np.ndarray, " answer_items"]
+    features: Sequence[tuple[Feature, ...]]
+    target: Int[np.ndarray, " examples"]
+    dense_from: Int[np.ndarray, " examples"]  # ``NEVER``: not dense
+    task: Int32[np.ndarray, " examples"]  # number of the family, from 1
+
+
+NEVER = 1 << 60  # items that no history has
+
+
+def tables(block: Block) -> list[Int32[np.ndarray, "tokens fields"]]:
+    """One row per token of ``<bos>`` prompt answer ``<eos>``, one column per field of ``FIELDS``; numbers that are not whole as their bits.
 
     Loss is on answer words (and ``<eos>``), on learnt titles of the prompt,
     on the target item at the last prompt position and, for dense examples, on every
     history item from ``dense_from`` at the position before it. An example without a text answer ends with its prompt.
+
+    All examples are written into one table side by side: a dozen operations on long arrays in place of as many for every example.
     """
-    prompt, answer = _prompt(example, text), None
-    end = length = len(prompt.tokens)
-    said = prompt.said
-    if example.answer:
-        answer = _laid(text, example.answer, (), text.end)
-        if answer.slots != (len(example.answer_items), 0):
-            _refuse(answer, example.answer_items, (), example.template)
-        end = length + len(answer.tokens)
-        said = [*said, (length, end)]
-    table = np.zeros((len(FIELDS), end), np.int32)
-    _fill(table, 0, prompt, example.prompt_items, example.features)
-    if answer:
-        _fill(table, length, answer, example.answer_items, ())
-    for start, stop in said:
-        first = max(start, 1)  # nothing stands before the first token
-        if stop > first:
-            table[_TEXT_TARGET, first - 1 : stop - 1] = table[_TOKENS, first:stop] + 1
-    if answer:
-        for place, count in answer.items:  # soft tokens are predicted by the item head, not as words
-            place += length
-            table[_TEXT_TARGET, place - 1 : place + count - 1] = 0
-        # The last token is a target but not an input: its position would predict nothing.
-        table = table[:, :-1]
-    if example.dense:
-        skipped = example.dense_from
-        for place, count in prompt.items:
-            new = min(skipped, count)
-            skipped -= new
-            first, stop = max(place + new, 1), place + count
-            if stop > first:
-                table[_ITEM_TARGET, first - 1 : stop - 1] = table[_ITEM, first:stop]
-    if example.target >= 0:
-        table[_ITEM_TARGET, length - 1] = example.target + 1
-    table[_TASK] = TASKS.index(task_of(example)) + 1
-    return _arrays(table)
+    prompts, answers = block.prompts, block.answers
+    prompt_size = _sizes([p.tokens for p in prompts])
+    size = prompt_size + _sizes([a.tokens for a in answers])
+    end = np.cumsum(size)
+    start = end - size
+    answer_start = start + prompt_size
+    table = np.zeros((int(end[-1]), len(FIELDS)), np.int32)
+    tokens = np.concatenate([layout.tokens for pair in zip(prompts, answers, strict=True) for layout in pair])
+    table[:, _TOKENS] = tokens
+
+    slots = _sizes([p.items for p in prompts])
+    item_at = np.concatenate([p.items for p in prompts]) + np.repeat(start, slots)
+    table[item_at, _ITEM] = block.prompt_items + 1
+    answered = [number for number, answer in enumerate(answers) if answer is not _NOTHING]
+    answer_item_at = _at([answers[n].items for n in answered], answer_start[answered])
+    table[answer_item_at, _ITEM] = block.answer_items + 1
+    _fill_features(table, _at([p.features for p in prompts], start), block.features)
+
+    # What is to be predicted stands at its own place first, and is then moved to the position before it.
+    said = np.zeros(len(tokens), bool)
+    said[_at([p.said for p in prompts], start)] = True
+    for first, last in zip(answer_start[answered].tolist(), end[answered].tolist()):
+        said[first:last] = True
+    said[answer_item_at] = False  # soft tokens are predicted by the item head, not as words
+    said[start] = False  # nothing stands before the first token
+    table[:-1, _TEXT_TARGET] = ((tokens + 1) * said)[1:]
+    following = np.zeros(len(tokens), np.int32)
+    number = np.arange(len(item_at)) - np.repeat(np.cumsum(slots) - slots, slots)  # of an item in its history
+    dense = number >= np.repeat(block.dense_from, slots)
+    following[item_at[dense]] = block.prompt_items[dense] + 1
+    following[start] = 0
+    table[:-1, _ITEM_TARGET] = following[1:]
+    aimed = block.target >= 0
+    table[answer_start[aimed] - 1, _ITEM_TARGET] = block.target[aimed] + 1
+    table[:, _TASK] = np.repeat(block.task, size)
+
+    end[answered] -= 1  # the last token of an answer is a target but not an input: its position would predict nothing
+    return [table[first:last] for first, last in zip(start.tolist(), end.tolist())]
+
+
+def _sizes(arrays: Sequence[np.ndarray]) -> Int[np.ndarray, " arrays"]:
+    return np.fromiter(map(len, arrays), np.int64, len(arrays))
+
+
+def _at(places: Sequence[Int[np.ndarray, " places"]], start: Int[np.ndarray, " texts"]) -> Int[np.ndarray, " all"]:
+    """Places in texts as places in the whole table, where the texts begin at ``start``."""
+    return np.concatenate([_NO_PLACES, *places]) + np.repeat(start, _sizes(places))
+
+
+def _fill_features(table: np.ndarray, at: np.ndarray, features: Sequence[Sequence[Feature]]) -> None:
+    if not len(at):
+        return
+    numbers = np.fromiter(chain.from_iterable(chain.from_iterable(features)), np.float64, 2 * len(at))
+    table[at, _FEATURE] = numbers[::2] + 1
+    table[at, _VALUE] = numbers[1::2].astype(np.float32).view(np.int32)
 
 
 def truncate(arrays: dict[str, np.ndarray], length: int, head: int = 1) -> tuple[dict[str, np.ndarray], int]:

@@ -43,23 +43,28 @@ class Text:
     layouts: dict[tuple, Any] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )  # of data/tokenise.py
-    _known: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
+    by_words: bool = False  # no token reaches over a space between words, see ``_split_at_spaces``
+    _known: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens."""
-        return self.ids(text).tolist()
+        words = [text] if text in self._known or not self.by_words else _words(text)
+        ids: list[int] = []
+        for word in words:
+            ids += self._known.get(word) or self._ids(word)
+        return ids
 
     def ids(self, text: str) -> Int32[np.ndarray, " tokens"]:
-        """The same as an array, which is not to be written to."""
-        ids = self._known.get(text)  # templates and wishes say the same again and again
-        if ids is None:
-            # "fast": without the characters that each token stands for, which nobody asks for here
-            ids = np.array(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
-            if len(text) <= _SHORT:
-                ids.flags.writeable = False
-                if len(self._known) >= _KNOWN:
-                    self._known.clear()
-                self._known[text] = ids
+        """The same as an array."""
+        return np.array(self.encode(text), np.int32)
+
+    def _ids(self, text: str) -> list[int]:
+        # "fast": without the characters that each token stands for, which nobody asks for here
+        ids = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        if len(text) <= _SHORT:  # templates and wishes say the same again and again
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            self._known[text] = ids
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -69,6 +74,29 @@ class Text:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; special tokens are left out."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def _words(text: str) -> list[str]:
+    """The words of a text, each with the space before it; the whole text if it has any other white space."""
+    words = text.split(" ")
+    if text.split() != [word for word in words if word] or "" in words[1:-1]:
+        return [text]
+    return [*words[:1], *[f" {word}" for word in words[1:]]] if words[0] else [f" {word}" for word in words[1:]]
+
+
+def _split_at_spaces(tokenizer: Tokenizer) -> bool:
+    """Whether a text's tokens are those of its words one after the other: texts differ, their words are mostly the same.
+
+    So it is with the tokenisers of ``train``: what they take apart before any merge is single digits, and then words with at most one
+    space, which is the first character. A published tokeniser may do anything, and is not asked.
+    """
+    made = json.loads(tokenizer.to_str())
+    found = made["pre_tokenizer"] or {}
+    steps = [
+        (step["type"], step.get("individual_digits"), step.get("add_prefix_space"), step.get("use_regex"))
+        for step in found.get("pretokenizers", ())
+    ]
+    return made["normalizer"] is None and steps == [("Digits", True, None, None), ("ByteLevel", None, False, True)]
 
 
 def train(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Text:
@@ -125,7 +153,10 @@ def load(folder: str | Path) -> Text:
     tokenizer.encode_special_tokens = True
     found = {name: token for name, token in ids.items() if token is not None}
     bos, eos = found[BOS], found[EOS]
-    return Text(tokenizer, tokenizer.get_vocab_size(), bos, eos, found[ITEM], found[FEATURE], (bos,), (), (eos,))
+    return Text(
+        tokenizer, tokenizer.get_vocab_size(), bos, eos, found[ITEM], found[FEATURE], (bos,), (), (eos,),
+        by_words=_split_at_spaces(tokenizer),
+    )  # fmt: skip
 
 
 FILES = (

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from instructrec_jax.instructions.example import Feature, InstructionExample
 
 _MOST_BITS = (1 << 64) - 1
-_FIELD, _VALUE, _INTEGERS = 0x0A, 0x12, 0x1A  # tags: a field, its value in it, a list of integers in that
+FIELD, VALUE, INTEGERS = 0x0A, 0x12, 0x1A  # tags: a field, its value in it, a list of integers in that
 _SHORT = 512  # bytes of a run, or characters of a text, that is worth keeping
 _KEPT = 1 << 13  # how many of each kind
 
@@ -73,7 +73,7 @@ def _words(name: str, value: str) -> bytes:
 
 
 def _integers(name: str, values: Sequence[int]) -> bytes:
-    return _entry(name, bytes([_INTEGERS]), b"\n" + _sized(_together(values)) if values else b"")
+    return _entry(name, bytes([INTEGERS]), b"\n" + _sized(_together(values)) if values else b"")
 
 
 _known_words = functools.lru_cache(_KEPT)(_words)
@@ -174,13 +174,13 @@ def _floats(feature: Any) -> tuple[float, ...]:
 # The fields in their order, in runs that are the same in many records.
 _Run = tuple[tuple[str, Callable[[Any], Any]], ...]
 _ABOUT = ("intention", "language", "metric", "preference")
-_ANSWER: _Run = (("answer_items", _many), ("answer", _bytes), ("candidates", _many))
-_LEARNT: _Run = (("dense_from", _one), ("dense", _one), ("feature_index", _many), ("feature_value", _floats))
-_WORDING: _Run = tuple((name, _bytes) for name in _ABOUT)
-_ASKED: _Run = (("task", _bytes), ("template", _bytes))
+ANSWER: _Run = (("answer_items", _many), ("answer", _bytes), ("candidates", _many))
+LEARNT: _Run = (("dense_from", _one), ("dense", _one), ("feature_index", _many), ("feature_value", _floats))
+WORDING: _Run = tuple((name, _bytes) for name in _ABOUT)
+ASKED: _Run = (("task", _bytes), ("template", _bytes))
 
 
-class _OtherLayoutError(Exception):
+class OtherLayoutError(Exception):
     """The record is not laid out as ``serialise`` does it."""
 
 
@@ -189,10 +189,10 @@ def _values(run: bytes, fields: _Run) -> tuple[Any, ...]:
     try:
         found = message().FromString(b"\n" + _sized(run)).features.feature
     except DecodeError:
-        raise _OtherLayoutError from None
+        raise OtherLayoutError from None
     if len(found) != len(fields) or not all(name in found for name, _ in fields):
-        raise _OtherLayoutError
-    if fields is _LEARNT:
+        raise OtherLayoutError
+    if fields is LEARNT:
         first, dense, index, value = [read(found[name]) for name, read in fields]
         return bool(dense), first, tuple(map(Feature, index, value))
     return tuple([read(found[name]) for name, read in fields])
@@ -201,24 +201,29 @@ def _values(run: bytes, fields: _Run) -> tuple[Any, ...]:
 _known_values = functools.lru_cache(8 * _KEPT)(_values)
 
 
-def _read(run: bytes, fields: _Run) -> tuple[Any, ...]:
+def read_run(run: bytes, fields: _Run) -> tuple[Any, ...]:
+    """The values of a run of fields.
+
+    Raises:
+        OtherLayoutError: it does not hold these and no others.
+    """
     return (_known_values if len(run) <= _SHORT else _values)(run, fields)
 
 
 def _list(run: bytes, key: bytes, tag: int) -> bytes:
     """The list of values in a run of one field, which has that key and kind: without protobuf, for what differs from record to record."""
-    at = _inside(run, 0, _FIELD)
+    at = _inside(run, 0, FIELD)
     if not run.startswith(key, at):
-        raise _OtherLayoutError
-    at = _inside(run, at + len(key) - 1, _VALUE)
+        raise OtherLayoutError
+    at = _inside(run, at + len(key) - 1, VALUE)
     return run[_inside(run, at, tag) :]
 
 
 def _numbers(run: bytes, key: bytes) -> tuple[int, ...]:
     try:
-        return tuple(_integer_list().FromString(_list(run, key, _INTEGERS)).value[:])
+        return tuple(_integer_list().FromString(_list(run, key, INTEGERS)).value[:])
     except DecodeError:
-        raise _OtherLayoutError from None
+        raise OtherLayoutError from None
 
 
 @functools.lru_cache(_KEPT)
@@ -227,12 +232,19 @@ def _number(run: bytes, key: bytes) -> int:
 
 
 def _prompt(run: bytes) -> str:
-    values = _list(run, _PROMPT, _FIELD)
-    return values[_inside(values, 0, _FIELD) :].decode()
+    values = _list(run, _PROMPT, FIELD)
+    return values[_inside(values, 0, FIELD) :].decode()
 
 
 _known_prompt = functools.lru_cache(_KEPT)(_prompt)
-_PROMPT, _PROMPT_ITEMS, _TARGET, _USER = map(_key, ("prompt", "prompt_items", "target", "user"))
+
+
+def read_prompt(run: bytes) -> str:
+    """The text of a run of that one field."""
+    return (_known_prompt if len(run) <= _SHORT else _prompt)(run)
+
+
+_PROMPT, PROMPT_ITEMS, TARGET, USER = map(_key, ("prompt", "prompt_items", "target", "user"))
 
 
 def _inside(content: bytes, at: int, tag: int) -> int:
@@ -246,14 +258,14 @@ def _inside(content: bytes, at: int, tag: int) -> int:
         size += (content[start] << 7) - 128
         start += 1
     if content[at] != tag or start + size != len(content):
-        raise _OtherLayoutError
+        raise OtherLayoutError
     return start
 
 
 def _cut(record: bytes) -> list[int]:
     """Where the fields of a record begin, and its end, if sizes have one or two bytes. Tags are looked at later."""
     end = len(record)
-    at = _inside(record, 0, _FIELD)
+    at = _inside(record, 0, FIELD)
     starts = [at]
     while at < end:
         size = record[at + 1]
@@ -275,15 +287,15 @@ def parse(record: bytes) -> InstructionExample:
         at = _cut(record)
         if len(at) != 18 or at[17] != len(record):
             return _parse(record)
-        answer_items, answer, candidates = _read(record[at[0] : at[3]], _ANSWER)
-        dense, dense_from, features = _read(record[at[3] : at[7]], _LEARNT)
-        intention, language, metric, preference = _read(record[at[7] : at[11]], _WORDING)
-        prompt_items = _numbers(record[at[11] : at[12]], _PROMPT_ITEMS)
-        prompt = (_known_prompt if at[13] - at[12] <= _SHORT else _prompt)(record[at[12] : at[13]])
-        target = _number(record[at[13] : at[14]], _TARGET)
-        task, template = _read(record[at[14] : at[16]], _ASKED)
-        user = _number(record[at[16] :], _USER)
-    except (_OtherLayoutError, IndexError):  # an index beyond the end
+        answer_items, answer, candidates = read_run(record[at[0] : at[3]], ANSWER)
+        dense, dense_from, features = read_run(record[at[3] : at[7]], LEARNT)
+        intention, language, metric, preference = read_run(record[at[7] : at[11]], WORDING)
+        prompt_items = _numbers(record[at[11] : at[12]], PROMPT_ITEMS)
+        prompt = read_prompt(record[at[12] : at[13]])
+        target = _number(record[at[13] : at[14]], TARGET)
+        task, template = read_run(record[at[14] : at[16]], ASKED)
+        user = _number(record[at[16] :], USER)
+    except (OtherLayoutError, IndexError):  # an index beyond the end
         return _parse(record)
     return InstructionExample(
         template, language, preference, intention, task, metric, user, prompt, prompt_items, answer, answer_items,

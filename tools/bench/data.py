@@ -81,9 +81,9 @@ def throughput(prepared: Any, config: Any) -> dict[str, Any]:
     import tensorflow_datasets  # noqa: F401  # a second that is no example's
 
     from instructrec_jax import prepare
+    from instructrec_jax.data.blocks import encode_records
     from instructrec_jax.data.loader import READ
     from instructrec_jax.data.records import Records
-    from instructrec_jax.data.tokenise import encode_example
 
     folder = prepared.folder / "again"
     begun = time.process_time()
@@ -92,8 +92,7 @@ def throughput(prepared: Any, config: Any) -> dict[str, Any]:
     written = time.process_time()
     source = Records(folder)
     for first in range(0, len(source), READ):
-        for example in source.__getitems__(range(first, min(first + READ, len(source)))):
-            encode_example(example, prepared.text)
+        encode_records(source.read(range(first, min(first + READ, len(source)))), prepared.text)  # as the loader does
     done = time.process_time()
     parts = {"to records on disk": written - begun, "from disk to tokens": done - written}
     return {"examples": len(source), "cpu_seconds": done - begun, "parts": parts}
