@@ -44,9 +44,9 @@ _varints = {number: _varint(number) for number in range(1 << 10)}  # and items a
 def _together(numbers: Sequence[int]) -> bytes:
     """Varints one after the other."""
     try:
-        return b"".join([_varints[number] for number in numbers])
+        return b"".join(map(_varints.__getitem__, numbers))
     except KeyError:
-        _varints.update((number, _varint(number)) for number in numbers if 0 <= number < 1 << 15)
+        _varints.update((n, _varint(n)) for n in numbers if n not in _varints and 0 <= n < 1 << 15)
         return b"".join([_varints.get(number) or _varint(number) for number in numbers])
 
 
@@ -72,8 +72,16 @@ def _words(name: str, value: str) -> bytes:
     return _entry(name, b"\n", b"\n" + _sized(value.encode()))
 
 
+@functools.lru_cache(_KEPT)
+def _before_integers(name: str, size: int) -> bytes:
+    """What stands before the integers of a field, which take ``size`` bytes."""
+    field = _entry(name, bytes([INTEGERS]), b"\n" + _sized(bytes(size)) if size else b"")
+    return field[: len(field) - size]
+
+
 def _integers(name: str, values: Sequence[int]) -> bytes:
-    return _entry(name, bytes([INTEGERS]), b"\n" + _sized(_together(values)) if values else b"")
+    content = _together(values)
+    return _before_integers(name, len(content)) + content
 
 
 _known_words = functools.lru_cache(_KEPT)(_words)
@@ -84,7 +92,7 @@ def _text(name: str, value: str) -> bytes:
     return (_known_words if len(value) <= _SHORT else _words)(name, value)
 
 
-_NO_CANDIDATES = _integers("candidates", ())
+_NO_ANSWER = _integers("answer_items", ()) + _words("answer", "") + _integers("candidates", ())  # in words, that is
 
 
 @functools.lru_cache(_KEPT)
@@ -117,21 +125,26 @@ def _learnt(dense: bool, dense_from: int) -> bytes:
 
 def serialise(example: InstructionExample) -> bytes:
     """The example as TFDS would write it."""
-    features = example.features
+    (
+        template, language, preference, intention, task, metric, user, prompt, prompt_items, answer, answer_items,
+        features, target, candidates, dense, dense_from,
+    ) = example  # fmt: skip
+    answered = _NO_ANSWER
+    if answer or answer_items or candidates:
+        answered = _known_integers("answer_items", answer_items) + _text("answer", answer)
+        answered += _integers("candidates", candidates)
     index, value = zip(*features) if features else ((), ())
     record = b"".join(
         (
-            _known_integers("answer_items", example.answer_items),
-            _text("answer", example.answer),
-            _integers("candidates", example.candidates) if example.candidates else _NO_CANDIDATES,
-            _learnt(example.dense, example.dense_from),
+            answered,
+            _learnt(dense, dense_from),
             _features(index, struct.pack(f"<{len(value)}f", *value)) if features else _NO_FEATURES,
-            _about(example.intention, example.language, example.metric, example.preference),
-            _integers("prompt_items", example.prompt_items),
-            _text("prompt", example.prompt),
-            _known_integers("target", (example.target,)),
-            _asked(example.task, example.template),
-            _known_integers("user", (example.user,)),
+            _about(intention, language, metric, preference),
+            _integers("prompt_items", prompt_items),
+            _text("prompt", prompt),
+            _known_integers("target", (target,)),
+            _asked(task, template),
+            _known_integers("user", (user,)),
         )
     )
     return b"\n" + _sized(record)
