@@ -44,28 +44,27 @@ class Text:
         default_factory=dict, init=False, repr=False, compare=False
     )  # of data/tokenise.py
     by_words: bool = False  # no token reaches over a space between words, see ``_split_at_spaces``
-    _known: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _known: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens."""
-        words = [text] if text in self._known or not self.by_words else _words(text)
-        ids: list[int] = []
-        for word in words:
-            ids += self._known.get(word) or self._ids(word)
-        return ids
+        known = self._known.get(text)  # templates and wishes say the same again and again
+        if known is None:
+            words = _words(text) if self.by_words else [text]
+            if len(words) == 1:
+                # "fast": without the characters that each token stands for, which nobody asks for here
+                known = tuple(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+            else:
+                known = tuple([token for word in words for token in self.encode(word)])
+            if len(text) <= _SHORT:
+                if len(self._known) >= _KNOWN:
+                    self._known.clear()
+                self._known[text] = known
+        return list(known)
 
     def ids(self, text: str) -> Int32[np.ndarray, " tokens"]:
         """The same as an array."""
         return np.array(self.encode(text), np.int32)
-
-    def _ids(self, text: str) -> list[int]:
-        # "fast": without the characters that each token stands for, which nobody asks for here
-        ids = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        if len(text) <= _SHORT:  # templates and wishes say the same again and again
-            if len(self._known) >= _KNOWN:
-                self._known.clear()
-            self._known[text] = ids
-        return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of many texts at once (parallel inside the tokeniser)."""
