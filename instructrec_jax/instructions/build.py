@@ -14,7 +14,7 @@ from instructrec_jax.config import InstructionConfig
 from instructrec_jax.data.schema import TRAIN, SplitData
 from instructrec_jax.instructions.aspects import INTENTIONS, PREFERENCES
 from instructrec_jax.instructions.example import Feature, InstructionExample
-from instructrec_jax.instructions.keyed import fraction, key, keys, mix, mix_array, pick
+from instructrec_jax.instructions.keyed import fraction, key, keys, mix_array, pick
 from instructrec_jax.instructions.negatives import listed_negatives, sample_negatives
 from instructrec_jax.instructions.packs import Domain
 from instructrec_jax.instructions.pauses import Pauses
@@ -260,7 +260,11 @@ class Builder(Prompter):
         for ends in (chosen[at : at + _CHUNK] for at in range(0, len(chosen), _CHUNK)):
             users = self.data.user[ends]
             people = users + self.data.first_user
-            numbers: list[int] = keys(self.config.seed, stage.number, people, ends - self.data.offsets[users]).tolist()
+            number = keys(self.config.seed, stage.number, people, ends - self.data.offsets[users])
+            draws = [number]  # each the key after the one before, of all examples at once
+            for _ in range(3):
+                draws.append(mix_array(draws[-1]))
+            numbers = zip(*(draw.tolist() for draw in draws), strict=True)
             shown: list[tuple[int, ...]] = [()] * len(ends)
             if kind in ("rerank", "pairwise", "pointwise"):
                 seen = [self._training_items(user) for user in users.tolist()]
@@ -270,8 +274,8 @@ class Builder(Prompter):
                     shown = [tuple(row) for row in others.tolist()]
                 else:
                     shown = self.candidates(ends, seen, n, others)
-            for end, user, place, candidates in zip(ends.tolist(), users.tolist(), numbers, shown, strict=True):
-                made = self._one(family, user, end, place, candidates)
+            for end, user, four, candidates in zip(ends.tolist(), users.tolist(), numbers, shown, strict=True):
+                made = self._one(family, user, end, four, candidates)
                 if made is None:
                     self.skipped[f"{family}: nothing to say of the item or the history"] += 1
                     continue
@@ -292,16 +296,15 @@ class Builder(Prompter):
         return sample_negatives(items, seen, n, seed=seed, user=user, target=target, popularity=popularity)
 
     def _one(
-        self, family: str, user: int, end: int, number: int, candidates: tuple[int, ...]
+        self, family: str, user: int, end: int, numbers: tuple[int, int, int, int], candidates: tuple[int, ...]
     ) -> InstructionExample | None:
+        """The example whose target is event ``end``; ``numbers`` are keys for the choices of it, one after the other."""
         kind = FAMILIES[family].kind
-        language = pick(self.config.languages, number)
-        option = mix(number)
-        number = mix(option)
+        of_language, option, of_features, number = numbers
+        language = pick(self.config.languages, of_language)
         features: tuple[Feature, ...] = ()
-        if self.features and fraction(number) < _SHOW_FEATURES:
+        if self.features and fraction(of_features) < _SHOW_FEATURES:
             features = self.features(user)
-        number = mix(number)
         shares = self.shares(family, language, features=bool(features))
         if not shares:
             return None

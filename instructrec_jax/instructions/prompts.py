@@ -15,7 +15,7 @@ from instructrec_jax.instructions.keyed import keys
 from instructrec_jax.instructions.negatives import sample_negatives
 from instructrec_jax.instructions.packs import Domain, clean_text, load_domain, word_slots
 from instructrec_jax.instructions.pauses import Pauses
-from instructrec_jax.instructions.render import ItemsAs, Slots, render
+from instructrec_jax.instructions.render import ItemsAs, Rendered, Slots, render
 from instructrec_jax.instructions.template import Template
 from instructrec_jax.instructions.templates import in_families, load_templates
 from instructrec_jax.instructions.words import Words
@@ -46,6 +46,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "pointwise": ("pointwise", "P1", "I0"),
     "pointwise-search": ("pointwise", "P0", "I2"),
 }
+_SOFT = 1 << 13  # texts of soft tokens that are kept
 _ORDER_SALT = 0x0D0E  # keeps the order of candidates apart from the draws of the negatives
 
 
@@ -98,6 +99,7 @@ class Prompter:
         self.titles = self.words.facets.titles
         self.templates = load_templates(config.languages, config.templates)
         self._trained = frozenset((t.language, t.id) for t in in_families(self.templates, config.families))
+        self._soft: dict[tuple[str, str, bool, int, int], tuple[str, bool, bool]] = {}
         self._groups: dict[tuple[str, str, str, str, bool, bool, bool], tuple[Template, ...]] = {}
         self.train_count: Int[np.ndarray, " users"] = np.bincount(
             data.user[data.split == TRAIN], minlength=data.num_users
@@ -269,6 +271,22 @@ class Prompter:
         about_user: bool = False,
     ) -> InstructionExample:
         """Render to an ``InstructionExample``."""
+        text = self._rendered(template, slots, about_user)
+        return InstructionExample(
+            template.id, template.language, template.preference, template.intention, template.task, template.metric,
+            user if user < 0 else self.data.first_user + user,
+            text.prompt, text.prompt_items, text.answer, text.answer_items, text.features,
+            target, tuple(slots.candidates), dense, dense_from,
+        )  # fmt: skip
+
+    def _rendered(self, template: Template, slots: Slots, about_user: bool) -> Rendered:
+        """``render``, but for a prompt of soft tokens between the same words, as most are: such texts are kept."""
+        soft = self.items_as == "token" and template.is_soft and not slots.pauses
+        history, features = slots.history, slots.features
+        name = (template.language, template.id, about_user, len(history), len(features))
+        if soft and (known := self._soft.get(name)):
+            prompt, has_history, has_features = known
+            return Rendered(prompt, tuple(history) if has_history else (), "", (), features if has_features else ())
         text = render(
             template,
             slots,
@@ -278,24 +296,11 @@ class Prompter:
             candidates_as=self.candidates_as,
             about_user=about_user,
         )
-        return InstructionExample(
-            template=template.id,
-            language=template.language,
-            preference=template.preference,
-            intention=template.intention,
-            task=template.task,
-            metric=template.metric,
-            user=user if user < 0 else self.data.first_user + user,
-            prompt=text.prompt,
-            prompt_items=text.prompt_items,
-            answer=text.answer,
-            answer_items=text.answer_items,
-            features=text.features,
-            target=target,
-            candidates=tuple(slots.candidates),
-            dense=dense,
-            dense_from=dense_from,
-        )
+        if soft and len(text.prompt_items) in (0, len(history)) and len(text.features) in (0, len(features)):
+            if len(self._soft) >= _SOFT:
+                self._soft.clear()
+            self._soft[name] = text.prompt, bool(text.prompt_items), bool(text.features)
+        return text
 
     def _first(
         self, language: str, kind: str, preference: str, intention: str, *, features: bool, history: bool = False

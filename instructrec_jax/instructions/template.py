@@ -63,6 +63,12 @@ class Template:
         return frozenset(SLOT.findall(self.answer))
 
     @cached_property
+    def is_soft(self) -> bool:
+        """Whether its texts differ by the numbers of soft tokens alone: no words but its own, and the domain's."""
+        told = PROMPT_SLOTS.keys() - {"history", "features"}
+        return not self.answer and told.isdisjoint(SLOT.findall(self.prompt))
+
+    @cached_property
     def kind(self) -> str:
         """Task family: sequential, search (both answered by an item), describe, rerank, pairwise, pointwise (by words), or
         the widening: turn_around, relatedness, reasoning."""
