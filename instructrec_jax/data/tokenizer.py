@@ -48,19 +48,23 @@ class Text:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens."""
-        known = self._known.get(text)  # templates and wishes say the same again and again
-        if known is None:
-            words = _words(text) if self.by_words else [text]
-            if len(words) == 1:
-                # "fast": without the characters that each token stands for, which nobody asks for here
-                known = tuple(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
-            else:
-                known = tuple([token for word in words for token in self.encode(word)])
-            if len(text) <= _SHORT:
-                if len(self._known) >= _KNOWN:
-                    self._known.clear()
-                self._known[text] = known
-        return list(known)
+        return list(self._known.get(text) or self._ids(text))
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        words = _words(text) if self.by_words else [text]
+        if len(words) == 1:
+            # "fast": without the characters that each token stands for, which nobody asks for here
+            ids = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        else:
+            ids = []
+            for word in words:
+                ids += self._known.get(word) or self._ids(word)
+        known = tuple(ids)
+        if len(text) <= _SHORT:  # templates and wishes say the same again and again
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            self._known[text] = known
+        return known
 
     def ids(self, text: str) -> Int32[np.ndarray, " tokens"]:
         """The same as an array."""
