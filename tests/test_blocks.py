@@ -88,10 +88,16 @@ def test_records_give_the_tables_of_their_examples(text, made):
         np.testing.assert_array_equal(table, wanted)
 
 
-def test_a_record_with_more_items_than_slots_is_refused_by_name(text):
+def test_a_record_with_other_slots_than_what_fills_them_is_refused_by_name(text):
     made = InstructionExample("seq.x", "en", "P1", "I0", "T2", "next-item", 0, f"a {ITEM_SLOT}", (7,), "")
-    for other in (made._replace(prompt_items=(7, 8)), made._replace(answer="no slot", answer_items=(1,))):
-        with pytest.raises(DataError, match=r"seq\.x: . items and 0 features"):
+    wrong: list[dict] = [
+        {"prompt_items": (7, 8)},
+        {"features": (Feature(0, 1.0),)},
+        {"answer": "no slot", "answer_items": (1,)},
+        {"answer": f"a feature {FEATURE_SLOT}"},
+    ]
+    for other in (made._replace(**fields) for fields in wrong):
+        with pytest.raises(DataError, match=r"seq\.x: . items and . features, but slots for"):
             encode_records([wire.serialise(made), wire.serialise(other)], text)
 
 

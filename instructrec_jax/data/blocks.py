@@ -67,6 +67,7 @@ def encode_records(records: Sequence[bytes], text: Text) -> list[Int32[np.ndarra
 def _tables(
     rows: list[_Row], items: Int[np.ndarray, " items"], target: Int[np.ndarray, " rows"]
 ) -> list[Int32[np.ndarray, "tokens fields"]]:
+    """The tables of records whose prompts have ``items`` (one record after the other)."""
     if not rows:
         return []
     prompts, answers, answer_items, features, dense_from, task = zip(*rows, strict=True)
@@ -100,7 +101,7 @@ def _row(record: bytes, at: list[int], text: Text) -> _Row | None:
     except (wire.OtherLayoutError, IndexError):
         return None
     answered = answer_layout(text, answer)
-    if answer and len(answered.items) != len(answer_items):
+    if answer and (len(answered.items) != len(answer_items) or len(answered.features)):
         return None
     number = task_number(metric, task, bool(answer), intention)
     return _Row(prompt, answered, answer_items if answer else (), features, dense_from if dense else NEVER, number)
