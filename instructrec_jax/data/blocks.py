@@ -93,7 +93,7 @@ class _Row(NamedTuple):
 def _row(record: bytes, at: list[int], text: Text) -> _Row | None:
     """None if a run does not hold the fields that belong there."""
     try:
-        answer_items, answer, _ = wire.read_run(record[at[0] : at[1]], wire.ANSWER)
+        answer_items, answer, _ = wire.read_answer(record[at[0] : at[1]])
         dense, dense_from, features = wire.read_run(record[at[1] : at[2]], wire.LEARNT)
         prompt, intention, metric, task = _asked(
             record[at[2] : at[3]], record[at[4] : at[5]], record[at[6] : at[7]], text

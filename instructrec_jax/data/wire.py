@@ -187,7 +187,6 @@ def _floats(feature: Any) -> tuple[float, ...]:
 # The fields in their order, in runs that are the same in many records.
 _Run = tuple[tuple[str, Callable[[Any], Any]], ...]
 _ABOUT = ("intention", "language", "metric", "preference")
-ANSWER: _Run = (("answer_items", _many), ("answer", _bytes), ("candidates", _many))
 LEARNT: _Run = (("dense_from", _one), ("dense", _one), ("feature_index", _many), ("feature_value", _floats))
 WORDING: _Run = tuple((name, _bytes) for name in _ABOUT)
 ASKED: _Run = (("task", _bytes), ("template", _bytes))
@@ -244,9 +243,21 @@ def _number(run: bytes, key: bytes) -> int:
     return _numbers(run, key)[0]
 
 
-def _prompt(run: bytes) -> str:
-    values = _list(run, _PROMPT, FIELD)
+def _string(run: bytes, key: bytes) -> str:
+    values = _list(run, key, FIELD)
     return values[_inside(values, 0, FIELD) :].decode()
+
+
+def _prompt(run: bytes) -> str:
+    return _string(run, _PROMPT)
+
+
+def _answer(run: bytes) -> tuple[tuple[int, ...], str, tuple[int, ...]]:
+    at = _starts(run, 0)
+    if len(at) != 4 or at[3] != len(run):
+        raise OtherLayoutError
+    items, answer, candidates = run[: at[1]], run[at[1] : at[2]], run[at[2] :]
+    return _numbers(items, _ANSWER_ITEMS), _string(answer, _ANSWER), _numbers(candidates, _CANDIDATES)
 
 
 _known_prompt = functools.lru_cache(_KEPT)(_prompt)
@@ -257,6 +268,19 @@ def read_prompt(run: bytes) -> str:
     return (_known_prompt if len(run) <= _SHORT else _prompt)(run)
 
 
+_known_answer = functools.lru_cache(8 * _KEPT)(_answer)
+
+
+def read_answer(run: bytes) -> tuple[tuple[int, ...], str, tuple[int, ...]]:
+    """The items and words of an answer, and the candidates: a run that differs wherever there are some.
+
+    Raises:
+        OtherLayoutError: it does not hold these and no others.
+    """
+    return (_known_answer if len(run) <= _SHORT else _answer)(run)
+
+
+_ANSWER_ITEMS, _ANSWER, _CANDIDATES = map(_key, ("answer_items", "answer", "candidates"))
 _PROMPT, PROMPT_ITEMS, TARGET, USER = map(_key, ("prompt", "prompt_items", "target", "user"))
 
 
@@ -277,8 +301,11 @@ def _inside(content: bytes, at: int, tag: int) -> int:
 
 def _cut(record: bytes) -> list[int]:
     """Where the fields of a record begin, and its end, if sizes have one or two bytes. Tags are looked at later."""
+    return _starts(record, _inside(record, 0, FIELD))
+
+
+def _starts(record: bytes, at: int) -> list[int]:
     end = len(record)
-    at = _inside(record, 0, FIELD)
     starts = [at]
     while at < end:
         size = record[at + 1]
@@ -300,7 +327,7 @@ def parse(record: bytes) -> InstructionExample:
         at = _cut(record)
         if len(at) != 18 or at[17] != len(record):
             return _parse(record)
-        answer_items, answer, candidates = read_run(record[at[0] : at[3]], ANSWER)
+        answer_items, answer, candidates = read_answer(record[at[0] : at[3]])
         dense, dense_from, features = read_run(record[at[3] : at[7]], LEARNT)
         intention, language, metric, preference = read_run(record[at[7] : at[11]], WORDING)
         prompt_items = _numbers(record[at[11] : at[12]], PROMPT_ITEMS)
