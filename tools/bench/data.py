@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -33,6 +34,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.million, arguments.workers = [1], [1]
+    if arguments.workers and importlib.util.find_spec("apache_beam") is None:
+        raise SystemExit("Apache Beam is not installed: pip install -e '.[beam]', or leave it out with an empty --workers")
     with tempfile.TemporaryDirectory() as scratch:
         found = measure(Path(scratch), arguments)
     if arguments.json:
