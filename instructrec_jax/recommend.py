@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from instructrec_jax.data.privacy import user_keys
 from instructrec_jax.errors import UserError, did_you_mean
 from instructrec_jax.evaluation.metrics import top_lists
-from instructrec_jax.instructions.references import References
 from instructrec_jax.run import Session, trained
+from instructrec_jax.wanted import People
 
 
 def recommend(
@@ -32,8 +31,7 @@ def recommend(
         run_dir: a trained run.
         user: user id of the data; None = a new user.
         items: further items of the history, newest last, by id or exact title.
-        wish: what is wanted, in words; an item that it names ("something like Heat but funny") stands for its kind, as the newest of
-            the history, and is not recommended (``instructions/references.py``).
+        wish: what is wanted, in words; an item that it names is not recommended (``wanted.py``).
         preference: taste in words.
         language: "en" or "zh".
         count: length of the list.
@@ -49,36 +47,18 @@ def recommend(
     with trained(run_dir) as (whole, params, _step):
         s = whole.one_set(set_name)
         data = s.prepared.data
-        history: list[int] = []
-        features, pauses = (), ()
-        if user is not None:
-            known = {name: i for i, name in enumerate(data.user_ids)}
-            index = known.get(user_keys(s.config.data.hash_ids)(user))
-            if index is None:
-                raise UserError(
-                    f"no user {user!r} among the {data.num_users:,} users of {data.name}",
-                    remedy="leave out --user for somebody new, with --item for what they liked",
-                )
-            first, last = data.offsets[index : index + 2].tolist()
-            history, pauses = data.history(index, last).tolist(), s.builder.pauses_of(index, first, last)
-            features = s.prepared.users.tokens(index)
-        history += [find_item(s, name) for name in items]
-        read = References(data, s.builder.domain).read(wish or "")
-        shown = [*history, *read.items]
-        # What is added now follows the log at an unknown time.
-        pauses = (*pauses, *(None for _ in (*items, *read.items)))
-        prompt = s.builder.recommend_prompt(
-            shown, read.wish, preference, language or s.language, features=features, pauses=pauses
+        prompt, history, like = People(s).wanted(
+            user, [find_item(s, name) for name in items], wish, preference, language
         )
         scores = s.scorer(params, batch_size=1).score_all([prompt])
-        out = [np.asarray(read.items if data.repeats else shown, np.int64)]
+        out = [np.asarray(like if data.repeats else (*history, *like), np.int64)]
         top = top_lists(scores, count, out)[0]
         titles, genres = data.catalogue.titles, [data.catalogue.lists(c) for c in s.config.data.list_columns]
         return {
             "user": user,
             "wish": wish,
             "history": [titles[i] for i in history],
-            "like": [titles[i] for i in read.items],
+            "like": [titles[i] for i in like],
             "items": [
                 {
                     "item_id": data.catalogue.item_ids[i],

@@ -6,7 +6,7 @@ A request is a JSON object, or a row of a Parquet table with columns of these na
     prompt      an instruction, used as it is; or any of
     user        user id of the data: their history and features
     history     further items, newest last, by id or exact title
-    wish        what is wanted, in words; an item that it names joins the history (``instructions/references.py``)
+    wish        what is wanted, in words; an item that it names joins the history (``wanted.py``)
     preference  the user's taste, in words
     candidates  item ids; "all" or nothing: the whole catalogue
     texts       in place of ``candidates``: texts
@@ -26,12 +26,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from instructrec_jax.data.privacy import user_keys
 from instructrec_jax.errors import DataError, UserError, did_you_mean
 from instructrec_jax.instructions.example import FEATURE_SLOT, ITEM_SLOT, TITLE_CLOSE, TITLE_OPEN, InstructionExample
-from instructrec_jax.instructions.references import References
 from instructrec_jax.run import Session
 from instructrec_jax.scoring import Request
+from instructrec_jax.wanted import People
 
 FIELDS = ("id", "prompt", "user", "history", "wish", "preference", "candidates", "texts")
 SUFFIXES = (".jsonl", ".parquet")
@@ -119,14 +118,11 @@ class Parser:
 
     def __init__(self, s: Session):
         data = s.prepared.data
-        self._session = s
         self._item_of = data.catalogue.index
         self._title_of: dict[str, int] = {}
         for index, title in enumerate(data.catalogue.titles):
             self._title_of.setdefault(title, index)
-        self._user_of = {name: index for index, name in enumerate(data.user_ids)}
-        self._key = user_keys(s.config.data.hash_ids)
-        self._references = References(data, s.builder.domain)
+        self._people = People(s)
 
     def parse(self, line: int, content: bytes | dict[str, Any]) -> Asked | Bad:
         """One line; whatever is wrong with it is in what is returned."""
@@ -155,30 +151,15 @@ class Parser:
             if about:
                 raise UserError(f"prompt and {about[0]}: a prompt is used as it is, so give one or the other")
             return plain_prompt(_text(fields, "prompt")), []
-        s, data = self._session, self._session.prepared.data
-        history: list[int] = []
-        features, pauses = (), ()
-        if "user" in fields:
-            user = self._user_of.get(self._key(name := _text(fields, "user")))
-            if user is None:
-                raise UserError(f"no user {name!r} among the {data.num_users:,} users of {data.name}")
-            first, last = data.offsets[user : user + 2].tolist()
-            history, pauses = data.history(user, last).tolist(), s.builder.pauses_of(user, first, last)
-            features = s.prepared.users.tokens(user)
+        added: list[int] = []
         for name in _texts(fields, "history") if "history" in fields else ():
             item = self._item_of.get(name, self._title_of.get(name))
             if item is None:
                 raise UserError(f"history: no item with id or title {name!r}")
-            history.append(item)
-            pauses = (*pauses, None)
-        wish, preference = (_text(fields, k) if k in fields else None for k in ("wish", "preference"))
-        read = self._references.read(wish or "")
-        history += read.items
-        pauses = (*pauses, *(None for _ in read.items))
-        prompt = s.builder.recommend_prompt(
-            history, read.wish, preference, s.language, features=features, pauses=pauses
-        )
-        return prompt, history
+            added.append(item)
+        user, wish, preference = (_text(fields, k) if k in fields else None for k in ("user", "wish", "preference"))
+        prompt, history, like = self._people.wanted(user, added, wish, preference)
+        return prompt, [*history, *like]
 
     def _candidates(self, fields: dict[str, Any]) -> tuple[list[str] | None, Any]:
         """(the candidates as given, as the scorer takes them)."""
