@@ -34,7 +34,7 @@ LENGTH, ROWS = 64, 4
 @pytest.fixture(scope="module", autouse=True)
 def _few_at_a_time() -> Iterator[None]:
     """The sets here are small, and what a reading takes would be many epochs of them. The order does not depend on it."""
-    with mock.patch.object(loader, "READ", 256):
+    with mock.patch.object(loader, "READ", 32):
         yield
 
 

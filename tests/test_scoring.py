@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -157,6 +158,11 @@ def test_labels_are_read_from_the_list(parts: tuple) -> None:
     np.testing.assert_allclose(found[4][0], found[9][0], atol=1e-6)  # no more shifts than candidates
     model = LanguageModel(s.arch, s.sizes, s.config.model)
 
+    @jax.jit
+    def logits_of(params: Any, row: dict) -> jax.Array:
+        out = model.apply(params, row, s.content)
+        return word_logits(out.hidden, out, s.arch)
+
     def by_hand(order: list[int]) -> np.ndarray:
         example, tokens = reader.listed(reader.check(0, Request(prompt, wanted)), order)
         titles = [s.prepared.data.catalogue.titles[wanted[c]] for c in order]
@@ -165,8 +171,8 @@ def test_labels_are_read_from_the_list(parts: tuple) -> None:
         row = pad_to([arrays], 8, len(arrays["tokens"]))
         row["positions"] = np.tile(np.arange(len(arrays["tokens"]), dtype=np.int32), (8, 1))
         row["segment_ids"] = np.ones_like(row["positions"])
-        out = model.apply(params, {k: jax.device_put(v, by_rows(scorer)) for k, v in row.items()}, s.content)
-        logits = np.asarray(word_logits(out.hidden, out, s.arch))[0, -1, tokens]
+        placed = {k: jax.device_put(v, by_rows(scorer)) for k, v in row.items()}
+        logits = np.asarray(logits_of(params, placed))[0, -1, tokens]
         values = np.zeros(4)
         values[order] = logits - np.logaddexp.reduce(logits)
         return values
