@@ -35,7 +35,9 @@ def main() -> None:
     if arguments.quick:
         arguments.million, arguments.workers = [1], [1]
     if arguments.workers and importlib.util.find_spec("apache_beam") is None:
-        raise SystemExit("Apache Beam is not installed: pip install -e '.[beam]', or leave it out with an empty --workers")
+        raise SystemExit(
+            "Apache Beam is not installed: pip install -e '.[beam]', or leave it out with an empty --workers"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         found = measure(Path(scratch), arguments)
     if arguments.json:
