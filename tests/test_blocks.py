@@ -88,6 +88,17 @@ def test_records_give_the_tables_of_their_examples(text, made):
         np.testing.assert_array_equal(table, wanted)
 
 
+def test_a_record_as_it_is_written_is_not_parsed_by_itself(text, monkeypatch):
+    made = InstructionExample(
+        "seq.x", "en", "P1", "I0", "T2", "next-item", 300, f"a {ITEM_SLOT * 2}", (7, 70000), "", target=9
+    )
+    answered = made._replace(answer="Heat", candidates=(1, 2), dense=True, features=())
+    expected = encode_examples([made, answered], text)
+    monkeypatch.setattr(wire, "parse", lambda record: pytest.fail("parsed"))
+    for table, wanted in zip(encode_records([*map(wire.serialise, (made, answered))], text), expected, strict=True):
+        np.testing.assert_array_equal(table, wanted)
+
+
 def test_a_record_with_other_slots_than_what_fills_them_is_refused_by_name(text):
     made = InstructionExample("seq.x", "en", "P1", "I0", "T2", "next-item", 0, f"a {ITEM_SLOT}", (7,), "")
     wrong: list[dict] = [
