@@ -194,10 +194,9 @@ class Builder(Prompter):
         for (user, first, end, dense_from), number, choice, draws in self._window_keys():
             if user != shown:
                 shown, start = user, int(self.data.offsets[user])
-                events: list[int] = self.data.item[start : start + int(self.train_count[user])].tolist()
+                events: tuple[int, ...] = tuple(self.data.item[start : start + int(self.train_count[user])].tolist())
                 features = self.features(user) if self.features else ()
-            items = events[first:end]
-            target = items.pop() if titles_only else -1
+            items, target = (events[first : end - 1], events[end - 1]) if titles_only else (events[first:end], -1)
             if not items:
                 self.skipped["sequential: one item has no history"] += 1
                 continue

@@ -7,6 +7,7 @@ integers and ``keys`` on arrays; both give the same numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -25,11 +26,14 @@ def mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
+_mixed = lru_cache(1 << 14)(mix)  # of seeds, places and levels, which come again and again
+
+
 def key(seed: int, *parts: int) -> int:
     """A 64-bit key of the seed and any number of integers, order matters."""
-    out = mix(seed & _MASK)
+    out = _mixed(seed & _MASK)
     for part in parts:
-        out = mix(out ^ mix(part & _MASK))
+        out = mix(out ^ _mixed(part & _MASK))
     return out
 
 

@@ -20,7 +20,8 @@ FOLDER = Path(__file__).parent / "templates"
 LANGUAGES = ("en", "zh")
 _WORDS = ("noun", "nouns", "a_noun", "verb", "verb_past", "person")
 WORD_SLOTS = {"en": _WORDS, "zh": (*_WORDS, "measure")}  # slots that a domain fills, per language
-_FRAMES = {"labelled": "labels", "branded": "brands", "worded": "words"}  # frame of a domain -> its own slot
+# Frames of a domain, what a taste is best said by first, each with its own slot.
+FRAMES = {"labelled": "labels", "branded": "brands", "worded": "words"}
 _STRIP = str.maketrans("", "", ITEM_SLOT + FEATURE_SLOT + TITLE_OPEN + TITLE_CLOSE)
 
 
@@ -135,14 +136,14 @@ def check_pack_file(file: YamlFile, taken: Iterable[str] = ()) -> dict[str, Doma
 
 
 def _pack_words(file: YamlFile, node: Any, language: str) -> dict[str, str]:
-    known = (*WORD_SLOTS[language], *_FRAMES)
+    known = (*WORD_SLOTS[language], *FRAMES)
     entry = file.mapping(node, known, known, language) or {}
     words = {key: file.text(value, key) for key, value in entry.items()}
     for key, text in words.items():
         if not text:
             file.note(entry[key], f"{key} is empty")
-        allowed = (_FRAMES[key], *WORD_SLOTS[language]) if key in _FRAMES else ()
-        _check_slots(file, entry[key], text, allowed, _FRAMES.get(key, ""))
+        allowed = (FRAMES[key], *WORD_SLOTS[language]) if key in FRAMES else ()
+        _check_slots(file, entry[key], text, allowed, FRAMES.get(key, ""))
     return words
 
 

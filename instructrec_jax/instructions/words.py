@@ -7,18 +7,18 @@ target shows in the wording beyond what the template declares.
 from __future__ import annotations
 
 import copy
-import itertools
-from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Self
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from instructrec_jax.data.schema import SplitData
 from instructrec_jax.instructions.facets import Facets
 from instructrec_jax.instructions.keyed import key, mix, pick
-from instructrec_jax.instructions.packs import Domain, load_phrases
+from instructrec_jax.instructions.packs import FRAMES, Domain, load_phrases
+from instructrec_jax.instructions.tally import Tally
 
 _HALF_LIFE = 30  # events after which an event of the history counts half
 _DISLIKED = 0.25  # weight of events rated below the history's own mean
@@ -33,9 +33,10 @@ class Words:
     def __init__(self, data: SplitData, domain: Domain, seed: int = 0, *, history_items: int = 64):
         self._data, self.domain, self._seed, self._length = data, domain, seed, history_items
         self.facets = Facets(data.catalogue, domain)
-        self._damping: dict[str, float] = {}
-        self._weights: list[float] = (0.5 ** (np.arange(history_items - 1, -1, -1) / _HALF_LIFE)).tolist()
+        self._weights = 0.5 ** (np.arange(history_items - 1, -1, -1) / _HALF_LIFE)
+        self._tallies: dict[str, Tally] = {}
         self._specific = lru_cache(_WISHES)(self._specific_words)
+        self._vague = lru_cache(_WISHES)(self._vague_words)
 
     @cached_property
     def _tags(self) -> tuple[dict[int, list[str]], dict[tuple[int, int], list[str]]]:
@@ -55,25 +56,20 @@ class Words:
         ``history_items`` events and the user's own tags on their items.
         """
         start = max(int(self._data.offsets[user]), end - self._length)
-        items: list[int] = self._data.item[start:end].tolist()
+        items = self._data.item[start:end]
         weights = self._weights[self._length - len(items) :]
         if self._data.rating is not None and len(items):
             rating = np.asarray(self._data.rating[start:end], np.float64)
             known = rating[~np.isnan(rating)]
             if len(known):  # an unknown rating compares as not below
-                below = (rating < known.mean()).tolist()
-                weights = [w * _DISLIKED if low else w for w, low in zip(weights, below)]
+                weights = np.where(rating < known.mean(), weights * _DISLIKED, weights)
         person = self._data.first_user + user
         number = mix(key(self._seed, person, end - int(self._data.offsets[user])))
-        phrases, facets = load_phrases(language), self.facets
+        phrases = load_phrases(language)
 
         what = ""
-        for frame, slot, per_item in (
-            ("labelled", "labels", facets.labels.__getitem__),
-            ("branded", "brands", lambda i: (facets.brands[i],) if facets.brands[i] else ()),
-            ("worded", "words", lambda i: facets.title_words[i][:_FACETS]),
-        ):
-            top = self._top([per_item(i) for i in items], weights, 2 + number % 2, often=frame == "worded")
+        for frame, slot in FRAMES.items():
+            top = self._tally(frame).heaviest(items, weights, 2 + number % 2, often=frame == "worded")
             if top:
                 shown = [
                     self._quoted(w, language) if frame == "worded" else self._label(w, language, frame) for w in top
@@ -82,7 +78,7 @@ class Words:
                 break
 
         own = self._tags[1]
-        tags = dict.fromkeys([t for i in reversed(items) for t in own.get((person, i), ())]) if own else {}
+        tags = dict.fromkeys([t for i in items[::-1].tolist() for t in own.get((person, i), ())]) if own else {}
         said = self._join([self._quoted(t, language) for t in list(tags)[:2]], language)
         if not what:
             return self._fill(phrases.one["taste_tags_only"], language, tags=said) if said else None
@@ -108,18 +104,22 @@ class Words:
         if level == "I1":
             frame_key = mix(number)
             if tags := self._tags[0].get(target):
-                tag = self._quoted(pick(tags[:3], number), language)
-                return self._fill(pick(phrases.many["vague_tag"], frame_key), language, tag=tag)
-            if labels := facets.labels[target]:
-                label = self._label(pick(labels, number), language, "labelled")
-                return self._fill(pick(phrases.many["vague_label"], frame_key), language, label=label)
-            if words := facets.title_words[target]:
-                word = self._quoted(pick(words[:_FACETS], number), language)
-                return self._fill(pick(phrases.many["vague_word"], frame_key), language, word=word)
-            return None
+                slot, word = "tag", pick(tags[:3], number)
+            elif labels := facets.labels[target]:
+                slot, word = "label", pick(labels, number)
+            elif words := facets.title_words[target]:
+                slot, word = "word", pick(words[:_FACETS], number)
+            else:
+                return None
+            return self._vague(slot, word, pick(phrases.many[f"vague_{slot}"], frame_key), language)
 
         values = self._specific(target, language)
         return pick(phrases.many["specific"], number).format_map(values) if values else None
+
+    def _vague_words(self, slot: str, word: str, frame: str, language: str) -> str:
+        """A frame with a tag, a label or a word of a title in it."""
+        said = self._label(word, language, "labelled") if slot == "label" else self._quoted(word, language)
+        return self._fill(frame, language, **{slot: said})
 
     def _specific_words(self, target: int, language: str) -> dict[str, str]:
         """What fills the frames of a specific wish for an item; nothing if the data says nothing of it."""
@@ -156,36 +156,35 @@ class Words:
 
     # ------------------------------------------------------------------------------------------------------ small parts
 
-    def _top(self, facets: Sequence[Sequence[str]], weights: Sequence[float], n: int, *, often: bool) -> list[str]:
-        """The ``n`` heaviest facets, damped by how common they are in the catalogue; ``often``: twice if any is."""
-        total: dict[str, float] = {}
-        for values, weight in zip(facets, weights):
-            for value in values:
-                total[value] = total[value] + weight if value in total else weight
-        if not total:
-            return []
-        if often:
-            times = Counter(itertools.chain.from_iterable(facets))
-            if any(t > 1 for t in times.values()):
-                total = {v: w for v, w in total.items() if times[v] > 1}
-        damping = self._damping
-        score = {v: w / (damping.get(v) or self._damp(v)) for v, w in total.items()}
-        best = sorted(score, key=lambda v: (-score[v], v))[:n]
-        return [v for v in best if score[v] >= 0.3 * score[best[0]]]
+    def _tally(self, frame: str) -> Tally:
+        """The facets that a frame of the domain is filled with."""
+        if frame not in self._tallies:
+            facets = self.facets
+            if frame == "labelled":
+                of_items = facets.labels
+            elif frame == "branded":
+                of_items = [(brand,) if brand else () for brand in facets.brands]
+            else:
+                of_items = [words[:_FACETS] for words in facets.title_words]
+            frequency = facets.document_frequency
+            self._tallies[frame] = Tally(of_items, lambda facet: max(frequency[facet.lower()], 1) ** 0.25)
+        return self._tallies[frame]
 
-    def _damp(self, facet: str) -> float:
-        found = max(self.facets.document_frequency[facet.lower()], 1) ** 0.25
-        self._damping[facet] = found
-        return found
+    @cached_property
+    def _decades(self) -> tuple[Int[np.ndarray, " decades"], Int[np.ndarray, " items"]]:
+        """The decades of the catalogue, and the place of each item's among them."""
+        decades, of_item = np.unique(np.asarray(self.facets.decades, np.int64), return_inverse=True)
+        return decades, of_item
 
-    def _decade(self, items: Sequence[int], weights: Sequence[float]) -> int:
-        total: dict[int, float] = {}
-        decades = self.facets.decades
-        for item, weight in zip(items, weights):
-            decade = decades[item]
-            total[decade] = total.get(decade, 0.0) + weight
-        best = max(total, key=lambda d: (total[d], d), default=0)
-        return best if best and total[best] >= _CLEAR * sum(weights) else 0
+    def _decade(self, items: Int[np.ndarray, " n"], weights: Float[np.ndarray, " n"]) -> int:
+        """The decade of most of the history's weight, or 0."""
+        if not len(items):
+            return 0
+        decades, of_item = self._decades
+        total = np.bincount(of_item[items], weights)
+        last = len(total) - 1 - int(total[::-1].argmax())  # of decades as heavy as each other the newest
+        # ``sum`` and not numpy's, which adds in another order: a share of exactly a half is to stay one
+        return int(decades[last]) if total[last] >= _CLEAR * sum(weights.tolist()) else 0
 
     def _fill(self, frame: str, language: str, **values: str) -> str:
         return frame.format_map({**self.domain.words[language], **values})
