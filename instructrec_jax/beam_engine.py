@@ -91,9 +91,9 @@ class Number(beam.DoFn):
 
     def process(self, element: tuple[int, list[bytes]], starts: dict[int, int]) -> Iterator[Any]:
         """As Beam calls it."""
-        for number, record in enumerate(element[1], starts[element[0]]):
-            at = shards.place(number)
-            yield shards.bucket(at, self._buckets), (at, record)
+        task, made = element
+        places = [shards.place(number) for number in range(starts[task], starts[task] + len(made))]
+        yield from zip(shards.buckets_of(places, self._buckets), zip(places, made))
 
 
 class Rank(beam.DoFn):

@@ -266,7 +266,16 @@ class _Examples:
         self.expected = expected_records(builder.num_windows, config)
 
     def __call__(self) -> Iterator[InstructionExample]:
-        stream = self._builder.training_examples(lambda: self._builder.data.parts(_PART_EVENTS))
+        return self._shown(self._builder.training_examples(self._parts))
+
+    def records(self) -> Iterator[tuple[str, bytes]]:
+        """(Aspects, record) of the same examples."""
+        return self._shown(self._builder.records(self._parts))
+
+    def _parts(self) -> Iterator[SplitData]:
+        return self._builder.data.parts(_PART_EVENTS)
+
+    def _shown(self, stream: Iterator) -> Iterator:
         return self._progress("  instructions", self.expected, stream) if self._progress else stream
 
 

@@ -157,6 +157,11 @@ def test_places_are_those_of_tfds():
     assert [place(n) for n in numbers] == [Hasher("train").hash_key(n).to_bytes(16, "big") for n in numbers]
 
 
+@given(st.lists(st.binary(min_size=16, max_size=16), max_size=9), st.integers(1, 1 << 20))
+def test_a_bucket_is_the_upper_half_of_a_product(places, buckets):
+    assert shards.buckets_of(places, buckets) == [int.from_bytes(at[:8], "big") * buckets >> 64 for at in places]
+
+
 @settings(max_examples=4)
 @given(st.lists(EXAMPLE, min_size=1, max_size=30))
 def test_any_examples_survive_the_disk(tmp_path_factory, examples):
@@ -222,14 +227,18 @@ def test_tfds_reads_the_folder_by_itself(finished):
     assert prompts == {numbered(n).prompt for n in range(50)}
 
 
-def test_order_and_cuts_are_those_of_tfds(tmp_path):
+def test_order_and_cuts_are_those_of_tfds(tmp_path, monkeypatch):
     from tensorflow_datasets.core import shuffle
     from tensorflow_datasets.core.utils import shard_utils
 
     shuffler, sorter = shuffle.Shuffler(tmp_path, "train"), Sorter(tmp_path, 7)
+    monkeypatch.setattr(shards, "_BUFFER", 1 << 8)  # files are written more than once
     for number in range(1000):
         shuffler.add(number, str(number).encode())
-        sorter.add(place(number), str(number).encode())
+    for first, last in ((0, 1), (1, 1), (1, 400), (400, 1000)):
+        numbers = range(first, last)
+        sorter.add([place(number) for number in numbers], [str(number).encode() for number in numbers])
+    assert sorter.records == 1000
     assert list(sorter) == [record for _, record in shuffler]
     assert not list(tmp_path.iterdir())
     for count, number in ((1000, 1), (1000, 7), (1001, 13), (5, 5)):

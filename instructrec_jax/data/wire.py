@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -73,7 +73,7 @@ def _words(name: str, value: str) -> bytes:
 
 
 @functools.lru_cache(_KEPT)
-def _before_integers(name: str, size: int) -> bytes:
+def before_integers(name: str, size: int) -> bytes:
     """What stands before the integers of a field, which take ``size`` bytes."""
     field = _entry(name, bytes([INTEGERS]), b"\n" + _sized(bytes(size)) if size else b"")
     return field[: len(field) - size]
@@ -81,7 +81,7 @@ def _before_integers(name: str, size: int) -> bytes:
 
 def _integers(name: str, values: Sequence[int]) -> bytes:
     content = _together(values)
-    return _before_integers(name, len(content)) + content
+    return before_integers(name, len(content)) + content
 
 
 _known_words = functools.lru_cache(_KEPT)(_words)
@@ -92,7 +92,7 @@ def _text(name: str, value: str) -> bytes:
     return (_known_words if len(value) <= _SHORT else _words)(name, value)
 
 
-_NO_ANSWER = _integers("answer_items", ()) + _words("answer", "") + _integers("candidates", ())  # in words, that is
+NO_ANSWER = _integers("answer_items", ()) + _words("answer", "") + _integers("candidates", ())  # in words, that is
 
 
 @functools.lru_cache(_KEPT)
@@ -103,7 +103,7 @@ def _features(index: tuple[int, ...], values: bytes) -> bytes:
     )
 
 
-_NO_FEATURES = _features((), b"")
+NO_FEATURES = _features((), b"")
 
 
 @functools.lru_cache(_KEPT)
@@ -118,9 +118,35 @@ def _asked(task: str, template: str) -> bytes:
     return _words("task", task) + _words("template", template)
 
 
+def features_of(features: Sequence[Feature]) -> bytes:
+    """The fields of the features."""
+    index, value = zip(*features) if features else ((), ())
+    return _features(index, struct.pack(f"<{len(value)}f", *value)) if features else NO_FEATURES
+
+
 @functools.lru_cache(_KEPT)
-def _learnt(dense: bool, dense_from: int) -> bytes:
+def learnt(dense: bool, dense_from: int) -> bytes:
+    """The fields that say what is learnt beside the target."""
     return _integers("dense_from", (dense_from,)) + _integers("dense", (int(dense),))
+
+
+def user_of(user: int) -> bytes:
+    """The field of the user."""
+    return _known_integers("user", (user,))
+
+
+def around_items(example: InstructionExample) -> tuple[bytes, bytes]:
+    """The fields of an example between its features and its items, and those between its items and its user."""
+    about = _about(example.intention, example.language, example.metric, example.preference)
+    asked = _known_integers("target", (example.target,)), _asked(example.task, example.template)
+    return about, _text("prompt", example.prompt) + b"".join(asked)
+
+
+def wholes(fields: Sequence[Sequence[bytes]]) -> Iterator[bytes]:
+    """Many records: each of one entry of every list of fields."""
+    size = map(sum, zip(*(map(len, field) for field in fields)))
+    heads = [b"\n" + (_sizes[n] if n < 1 << 12 else _varint(n)) for n in size]
+    return map(b"".join, zip(heads, *fields, strict=True))
 
 
 def serialise(example: InstructionExample) -> bytes:
@@ -129,22 +155,21 @@ def serialise(example: InstructionExample) -> bytes:
         template, language, preference, intention, task, metric, user, prompt, prompt_items, answer, answer_items,
         features, target, candidates, dense, dense_from,
     ) = example  # fmt: skip
-    answered = _NO_ANSWER
+    answered = NO_ANSWER
     if answer or answer_items or candidates:
         answered = _known_integers("answer_items", answer_items) + _text("answer", answer)
         answered += _integers("candidates", candidates)
-    index, value = zip(*features) if features else ((), ())
     record = b"".join(
         (
             answered,
-            _learnt(dense, dense_from),
-            _features(index, struct.pack(f"<{len(value)}f", *value)) if features else _NO_FEATURES,
+            learnt(dense, dense_from),
+            features_of(features),
             _about(intention, language, metric, preference),
             _integers("prompt_items", prompt_items),
             _text("prompt", prompt),
             _known_integers("target", (target,)),
             _asked(task, template),
-            _known_integers("user", (user,)),
+            user_of(user),
         )
     )
     return b"\n" + _sized(record)

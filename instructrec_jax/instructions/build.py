@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Int
 
 from instructrec_jax.config import InstructionConfig
+from instructrec_jax.data import shards, wire
+from instructrec_jax.data.frames import Frames, varints
 from instructrec_jax.data.schema import TRAIN, SplitData
 from instructrec_jax.instructions.aspects import INTENTIONS, PREFERENCES
 from instructrec_jax.instructions.example import Feature, InstructionExample
@@ -21,6 +23,9 @@ from instructrec_jax.instructions.pauses import Pauses
 from instructrec_jax.instructions.prompts import KINDS, Features, NothingToSay, Prompter
 from instructrec_jax.instructions.render import ItemsAs, Slots
 from instructrec_jax.instructions.targets import Parts, Plan, Stage, targets, with_limits
+from instructrec_jax.instructions.template import Template
+from instructrec_jax.instructions.window_records import window_records
+from instructrec_jax.instructions.windows import KeyedWindows, num_windows, windows
 
 __all__ = ["FAMILIES", "KINDS", "Builder", "NothingToSay"]
 
@@ -91,6 +96,7 @@ class Builder(Prompter):
         self.written: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
         self.drawn: Counter[str] = Counter()
+        self._frames = Frames()
         self._shares: dict[tuple[str, str, bool], dict[tuple[str, str], float]] = {}
 
     def over(self, part: SplitData) -> Builder:
@@ -144,16 +150,34 @@ class Builder(Prompter):
         Raises:
             ConfigError: the catalogue is too small for ``candidates``.
         """
-        self.written, self.skipped, self.drawn = Counter(), Counter(), Counter()
+        self._begin()
         parts = parts or self._whole
         plan = self.plan(parts)
         for stage in plan.stages:
             for part in parts():
                 yield from self.over(part).stage(stage, plan)
 
+    def _begin(self) -> None:
+        self.written, self.skipped, self.drawn = Counter(), Counter(), Counter()
+
     def stage(self, stage: Stage, plan: Plan) -> Iterator[InstructionExample]:
         """What this data, a part of what was planned, adds to a stage of the stream."""
         return self._sequential() if stage.family == "sequential" else self._family(stage, plan)
+
+    def records(self, parts: Parts | None = None) -> Iterator[tuple[str, bytes]]:
+        """``training_examples`` as (aspects, record), the same bytes with less work: windows are serialised without an example each."""
+        self._begin()
+        parts = parts or self._whole
+        plan = self.plan(parts)
+        for stage in plan.stages:
+            for part in parts():
+                yield from self.over(part).stage_records(stage, plan)
+
+    def stage_records(self, stage: Stage, plan: Plan) -> Iterator[tuple[str, bytes]]:
+        """``stage`` as (aspects, record)."""
+        if stage.family == "sequential" and (groups := self._framed_groups()):
+            return self._window_records(groups)
+        return ((shards.aspects(example), wire.serialise(example)) for example in self.stage(stage, plan))
 
     @property
     def num_windows(self) -> int:
@@ -161,33 +185,26 @@ class Builder(Prompter):
         return self._num_windows(self.train_count)
 
     def _num_windows(self, train_count: Int[np.ndarray, " users"]) -> int:
-        length, stride = self.config.history_items, max(1, self.config.history_items // 2)
-        windows = (train_count > 0) + -(-np.maximum(train_count - length, 0) // stride)
-        most = self.config.max_per_user
-        return int((np.minimum(windows, most) if most else windows).sum())
+        return int(num_windows(train_count, self.config.history_items, self.config.max_per_user).sum())
 
     def windows(self, user: int) -> Iterator[tuple[int, int, int]]:
         """(first, end, dense_from) of a user's windows: places among the user's events, and the first new one in it.
 
         Of more than ``max_per_user`` windows the newest are kept.
         """
-        length, stride = self.config.history_items, max(1, self.config.history_items // 2)
-        count, done = int(self.train_count[user]), 0
-        found: list[tuple[int, int, int]] = []
-        while done < count:
-            end = min(done + stride if done else length, count)
-            first = max(0, end - length)
-            found.append((first, end, done - first))
-            done = end
-        yield from found[-self.config.max_per_user :]
+        made = windows(self.train_count[user : user + 1], self.config.history_items, self.config.max_per_user)
+        return zip(made.first.tolist(), made.end.tolist(), made.dense_from.tolist())
 
     # ------------------------------------------------------------------------------------------------------- sequential
 
+    def _sequential_groups(self) -> list[tuple[Template, ...]]:
+        kind = "describe" if self.items_as == "title" else "sequential"
+        groups = [self.group(language, kind, "P1", "I0", trained=True) for language in self.config.languages]
+        return [group for group in groups if group]
+
     def _sequential(self) -> Iterator[InstructionExample]:
         titles_only = self.items_as == "title"
-        kind = "describe" if titles_only else "sequential"
-        groups = [self.group(language, kind, "P1", "I0", trained=True) for language in self.config.languages]
-        groups = [group for group in groups if group]
+        groups = self._sequential_groups()
         if not groups:
             return
         shown = -1
@@ -222,16 +239,32 @@ class Builder(Prompter):
 
     def _window_keys(self) -> Iterator[tuple[tuple[int, int, int, int], int, int, list[int]]]:
         """((user, first, end, dense_from), key, the key after it, ``key(key, copy)`` per copy) of all windows, some users at a time."""
+        for made, *draws in self._keyed_windows():
+            places = zip(*(places.tolist() for places in made), strict=True)
+            yield from zip(places, *(draw.tolist() for draw in draws), strict=True)
+
+    def _keyed_windows(self) -> Iterator[KeyedWindows]:
         for begun in range(0, self.data.num_users, _CHUNK):
-            users = range(begun, min(begun + _CHUNK, self.data.num_users))
-            windows = [(user, *window) for user in users for window in self.windows(user)]
-            if not windows:
-                continue
-            user, first = np.asarray(windows).T[:2]
-            number = keys(self.config.seed, _SEQUENTIAL, self.data.first_user + user, first)
+            count = self.train_count[begun : begun + _CHUNK]
+            made = windows(count, self.config.history_items, self.config.max_per_user)
+            made = made._replace(user=made.user + begun)
+            number = keys(self.config.seed, _SEQUENTIAL, self.data.first_user + made.user, made.first)
             after = mix_array(number)
             draws = mix_array(after[:, None] ^ mix_array(np.arange(self.config.copies, dtype=np.uint64)))
-            yield from zip(windows, number.tolist(), after.tolist(), draws.tolist(), strict=True)
+            yield KeyedWindows(made, number, after, draws)
+
+    def _framed_groups(self) -> list[tuple[Template, ...]]:
+        """The groups of the sequential windows if their texts differ by the numbers of soft tokens alone, else none."""
+        groups = self._sequential_groups() if self.items_as == "token" and not self.pauses else []
+        framed = all(template.is_soft and "history" in template.reads for group in groups for template in group)
+        return groups if framed else []
+
+    def _window_records(self, groups: list[tuple[Template, ...]]) -> Iterator[tuple[str, bytes]]:
+        """``_sequential`` as (aspects, record)."""
+        of_items = varints(self.data.item)
+        for keyed in self._keyed_windows():
+            self.written["sequential"] += keyed.draws.size
+            yield from window_records(self, groups, keyed, of_items, self._frames, _SHOW_FEATURES)
 
     # --------------------------------------------------------------------------------------------------- other families
 

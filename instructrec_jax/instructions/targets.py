@@ -49,7 +49,9 @@ class _Chunk(NamedTuple):
     people: Int[np.ndarray, " users"]
     count: Int[np.ndarray, " users"]  # events of each
     of_place: UInt64[np.ndarray, " events"]  # the place of every event in its user's history, hashed
-    free: tuple[Bool[np.ndarray, " events"], ...]  # the training events, without the first ``Stage.first`` ones of every user
+    free: tuple[
+        Bool[np.ndarray, " events"], ...
+    ]  # the training events, without the first ``Stage.first`` ones of every user
 
     def keys(self, seed: int, stage: Stage) -> UInt64[np.ndarray, " events"]:
         """The keys of all events, also of those that are not free."""
@@ -105,7 +107,7 @@ def with_limits(stages: Sequence[tuple[Stage, int]], parts: Parts, seed: int, po
             for chunk in _chunks(part):
                 for stage, (low, high) in between.items():
                     key, free = chunk.keys(seed, stage), chunk.free[stage.first]
-                    below[stage] += np.count_nonzero((key < low) & free)
+                    below[stage] += int(np.count_nonzero((key < low) & free))
                     near[stage].append(key[(key >= low) & (key <= high) & free])
         for stage, count in list(open_stages.items()):
             found, place = np.sort(np.concatenate(near[stage])), count - below[stage] - 1
