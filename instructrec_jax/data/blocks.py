@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int, Int32, UInt8
 from instructrec_jax.data import wire
 from instructrec_jax.data.tokenise import (
     NEVER,
+    NOTHING,
     Block,
     Layout,
     answer_layout,
@@ -93,28 +94,34 @@ class _Row(NamedTuple):
 def _row(record: bytes, at: list[int], text: Text) -> _Row | None:
     """None if a run does not hold the fields that belong there."""
     try:
-        answer_items, answer, _ = wire.read_answer(record[at[0] : at[1]])
+        said = record[at[0] : at[1]]
+        answer_items, answer, _ = _NO_ANSWER if said == wire.NO_ANSWER else wire.read_answer(said)
         dense, dense_from, features = wire.read_run(record[at[1] : at[2]], wire.LEARNT)
-        prompt, intention, metric, task = _asked(
-            record[at[2] : at[3]], record[at[4] : at[5]], record[at[6] : at[7]], text
-        )
+        prompt, unanswered, number = _asked(record[at[2] : at[3]], record[at[4] : at[5]], record[at[6] : at[7]], text)
     except (wire.OtherLayoutError, IndexError):
         return None
+    first = dense_from if dense else NEVER
+    if not answer:
+        return _Row(prompt, NOTHING, (), features, first, unanswered)
     answered = answer_layout(text, answer)
-    if answer and (len(answered.items) != len(answer_items) or len(answered.features)):
+    if len(answered.items) != len(answer_items) or len(answered.features):
         return None
-    number = task_number(metric, task, bool(answer), intention)
-    return _Row(prompt, answered, answer_items if answer else (), features, dense_from if dense else NEVER, number)
+    return _Row(prompt, answered, answer_items, features, first, number)
 
 
-def _asked(wording: bytes, prompt: bytes, asked: bytes, text: Text) -> tuple[Layout, str, str, str]:
-    """The prompt's layout, intention, metric and task, by all that says them in a record: one thing to look up instead of three."""
+_NO_ANSWER = (), "", ()  # as ``wire.read_answer`` gives it: of most records
+
+
+def _asked(wording: bytes, prompt: bytes, asked: bytes, text: Text) -> tuple[Layout, int, int]:
+    """The prompt's layout and the task's number without and with an answer in words, by all that says them in a record: one thing to
+    look up instead of three."""
     name = (wording, prompt, asked)
     known = text.layouts.get(name)
     if known is None:
         intention, _, metric, _ = wire.read_run(wording, wire.WORDING)
         task, _ = wire.read_run(asked, wire.ASKED)
-        known = new_prompt_layout(text, wire.read_prompt(prompt)), intention, metric, task
+        unanswered, answered = (task_number(metric, task, said, intention) for said in (False, True))
+        known = new_prompt_layout(text, wire.read_prompt(prompt)), unanswered, answered
         keep(text, name, known, len(prompt))
     return known
 

@@ -80,7 +80,7 @@ class Layout(NamedTuple):
 
 
 _NO_PLACES = np.zeros(0, np.int64)
-_NOTHING = Layout(np.zeros(0, np.int32), _NO_PLACES, _NO_PLACES, _NO_PLACES)
+NOTHING = Layout(np.zeros(0, np.int32), _NO_PLACES, _NO_PLACES, _NO_PLACES)
 
 
 def new_prompt_layout(text: Text, words: str) -> Layout:
@@ -90,7 +90,7 @@ def new_prompt_layout(text: Text, words: str) -> Layout:
 
 def answer_layout(text: Text, words: str) -> Layout:
     """The layout of an answer, with what ends it; nothing for an example without an answer in words."""
-    return _laid(text, words, (), text.end) if words else _NOTHING
+    return _laid(text, words, (), text.end) if words else NOTHING
 
 
 def _laid(text: Text, words: str, before: tuple[int, ...], after: tuple[int, ...]) -> Layout:
@@ -199,8 +199,7 @@ def encode_examples(examples: Sequence[InstructionExample], text: Text) -> list[
         _check(_laid(text, e.prompt, text.before, text.after), e.prompt_items, e.features, e.template) for e in examples
     ]
     answers = [
-        _check(answer_layout(text, e.answer), e.answer_items, (), e.template) if e.answer else _NOTHING
-        for e in examples
+        _check(answer_layout(text, e.answer), e.answer_items, (), e.template) if e.answer else NOTHING for e in examples
     ]
     block = Block(
         prompts=prompts,
@@ -258,7 +257,7 @@ def tables(block: Block) -> list[Int32[np.ndarray, "tokens fields"]]:
     slots = _sizes([p.items for p in prompts])
     item_at = np.concatenate([p.items for p in prompts]) + np.repeat(start, slots)
     table[item_at, _ITEM] = block.prompt_items + 1
-    answered = [number for number, answer in enumerate(answers) if answer is not _NOTHING]
+    answered = [number for number, answer in enumerate(answers) if answer is not NOTHING]
     answer_item_at = _at([answers[n].items for n in answered], answer_start[answered])
     table[answer_item_at, _ITEM] = block.answer_items + 1
     _fill_features(table, _at([p.features for p in prompts], start), block.features)
