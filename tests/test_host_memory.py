@@ -51,3 +51,13 @@ def test_a_command_stays_the_same_process(tmp_path: Path) -> None:
     assert done.stdout == "went on\n", done.stderr
     first, *more = (tmp_path / "seen").read_text().splitlines()
     assert first.endswith("['train', 'a b']") and all(line == first for line in more) and len(more) <= 1
+
+
+def test_what_was_imported_is_not_looked_at_again() -> None:
+    code = (
+        "import gc; from instructrec_jax.host_memory import keep_imports; "
+        "keep_imports(); first = gc.get_freeze_count(); kept = [[] for _ in range(1000)]; keep_imports(); "
+        "print(first > 1_000, gc.get_freeze_count() == first)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "True True\n", done.stderr
