@@ -84,16 +84,13 @@ def test_windows_give_the_records_of_their_examples(change, features):
 def test_few_examples_are_made_for_many_windows(monkeypatch):
     data = small_split(users=400, items=300, longest=50)
     builder = Builder(data, replace(BOTH, search=0, rerank=0, pointwise=0, describe=0, profile=0), "films", some)
-    made = []
-    monkeypatch.setattr(Builder, "example", lambda *given, **named: made.append(0) or EXAMPLE(*given, **named))
+    made, example = [], Builder.example
+    monkeypatch.setattr(Builder, "example", lambda *given, **named: made.append(0) or example(*given, **named))
     count = len(list(builder.records()))
     assert count == builder.num_windows
     assert 0 < len(made) < count / 4
     list(builder.records())
     assert len(made) < count / 4, "what was met is kept"
-
-
-EXAMPLE = Builder.example
 
 
 @pytest.mark.parametrize("given", [{"items_as": "title"}, {"items_as": "both"}, {"pauses": Pauses(0)}])

@@ -150,15 +150,17 @@ class Builder(Prompter):
         Raises:
             ConfigError: the catalogue is too small for ``candidates``.
         """
-        self._begin()
+        for builder, stage, plan in self._stages(parts):
+            yield from builder.stage(stage, plan)
+
+    def _stages(self, parts: Parts | None) -> Iterator[tuple[Builder, Stage, Plan]]:
+        """The stream, piece by piece: each a stage over one part."""
+        self.written, self.skipped, self.drawn = Counter(), Counter(), Counter()
         parts = parts or self._whole
         plan = self.plan(parts)
         for stage in plan.stages:
             for part in parts():
-                yield from self.over(part).stage(stage, plan)
-
-    def _begin(self) -> None:
-        self.written, self.skipped, self.drawn = Counter(), Counter(), Counter()
+                yield self.over(part), stage, plan
 
     def stage(self, stage: Stage, plan: Plan) -> Iterator[InstructionExample]:
         """What this data, a part of what was planned, adds to a stage of the stream."""
@@ -166,15 +168,11 @@ class Builder(Prompter):
 
     def records(self, parts: Parts | None = None) -> Iterator[tuple[str, bytes]]:
         """``training_examples`` as (aspects, record), the same bytes with less work: windows are serialised without an example each."""
-        self._begin()
-        parts = parts or self._whole
-        plan = self.plan(parts)
-        for stage in plan.stages:
-            for part in parts():
-                yield from self.over(part).stage_records(stage, plan)
+        for builder, stage, plan in self._stages(parts):
+            yield from builder._stage_records(stage, plan)
 
-    def stage_records(self, stage: Stage, plan: Plan) -> Iterator[tuple[str, bytes]]:
-        """``stage`` as (aspects, record)."""
+    def _stage_records(self, stage: Stage, plan: Plan) -> Iterator[tuple[str, bytes]]:
+        """``stage`` as (aspects, record). In one thread alone: what windows have in common is kept for all parts."""
         if stage.family == "sequential" and (groups := self._framed_groups()):
             return self._window_records(groups)
         return ((shards.aspects(example), wire.serialise(example)) for example in self.stage(stage, plan))
@@ -186,14 +184,6 @@ class Builder(Prompter):
 
     def _num_windows(self, train_count: Int[np.ndarray, " users"]) -> int:
         return int(num_windows(train_count, self.config.history_items, self.config.max_per_user).sum())
-
-    def windows(self, user: int) -> Iterator[tuple[int, int, int]]:
-        """(first, end, dense_from) of a user's windows: places among the user's events, and the first new one in it.
-
-        Of more than ``max_per_user`` windows the newest are kept.
-        """
-        made = windows(self.train_count[user : user + 1], self.config.history_items, self.config.max_per_user)
-        return zip(made.first.tolist(), made.end.tolist(), made.dense_from.tolist())
 
     # ------------------------------------------------------------------------------------------------------- sequential
 
