@@ -13,6 +13,7 @@ A prepared folder is complete or absent: everything is built beside it and moved
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import shutil
@@ -55,6 +56,7 @@ FILES = (
 )  # data/ and records/ have their own manifests
 NEGATIVES = "negatives.npy"  # int32 [U, k]: items of every user, best first, -1 = none
 _PART_EVENTS = 1 << 17  # events of a part of the users, about
+_USERS = 1 << 14  # users whose features are kept: a user is the subject of several examples
 TOKENIZER_SAMPLE = 20_000  # rendered examples that the tokeniser is trained on, beside all titles
 
 
@@ -113,7 +115,7 @@ def number_of(config: Config, prepared: Prepared, name: str = "") -> int:
 
 def builder_of(data: SplitData, users: UserFeatures, config: Config, folder: Path) -> Builder:
     """Prompts over a data set whose taught texts, if there are any, are in ``folder``."""
-    tokens = users.tokens if users.index.shape[1] else None
+    tokens = functools.lru_cache(_USERS)(users.tokens) if users.index.shape[1] else None
     settings = config.instructions
     builder = Builder(
         data, settings, config.data.domain, tokens, items_as=settings.items_as, pauses=pauses_in(users.names)

@@ -53,11 +53,24 @@ def test_a_command_stays_the_same_process(tmp_path: Path) -> None:
     assert first.endswith("['train', 'a b']") and all(line == first for line in more) and len(more) <= 1
 
 
-def test_what_was_imported_is_not_looked_at_again() -> None:
+def test_the_collector_leaves_imports_alone_and_waits_longer() -> None:
     code = (
-        "import gc; from instructrec_jax.host_memory import keep_imports; "
-        "keep_imports(); first = gc.get_freeze_count(); kept = [[] for _ in range(1000)]; keep_imports(); "
-        "print(first > 1_000, gc.get_freeze_count() == first)"
+        "import gc; from instructrec_jax.host_memory import spare_collector; older = gc.get_threshold()[1:]; "
+        "spare_collector(); first = gc.get_freeze_count(); kept = [[] for _ in range(1000)]; spare_collector(); "
+        "print(first > 1_000, gc.get_freeze_count() == first, gc.get_threshold() == (20_000, *older))"
     )
+    assert printed(code) == "True True True\n"
+
+
+@pytest.mark.parametrize("chosen", [0, 50_000])
+def test_a_threshold_that_somebody_chose_stays(chosen: int) -> None:
+    code = (
+        f"import gc; from instructrec_jax.host_memory import spare_collector; gc.set_threshold({chosen}); "
+        "spare_collector(); print(gc.get_threshold()[0])"
+    )
+    assert printed(code) == f"{chosen}\n"
+
+
+def printed(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout == "True True\n", done.stderr
+    return done.stdout or done.stderr

@@ -227,18 +227,20 @@ def test_tfds_reads_the_folder_by_itself(finished):
     assert prompts == {numbered(n).prompt for n in range(50)}
 
 
-def test_order_and_cuts_are_those_of_tfds(tmp_path, monkeypatch):
+@pytest.mark.parametrize("held, files", [(1 << 7, True), (1 << 20, False)], ids=["on disk and in memory", "in memory"])
+def test_order_and_cuts_are_those_of_tfds(held, files, tmp_path, monkeypatch):
     from tensorflow_datasets.core import shuffle
     from tensorflow_datasets.core.utils import shard_utils
 
     shuffler, sorter = shuffle.Shuffler(tmp_path, "train"), Sorter(tmp_path, 7)
-    monkeypatch.setattr(shards, "_BUFFER", 1 << 8)  # files are written more than once
+    monkeypatch.setattr(shards, "_BUFFER", held)
+    monkeypatch.setattr(shards, "_HELD", held)
     for number in range(1000):
         shuffler.add(number, str(number).encode())
-    for first, last in ((0, 1), (1, 1), (1, 400), (400, 1000)):
+    for first, last in ((0, 1), (1, 1), (1, 400), (400, 990), (990, 1000)):
         numbers = range(first, last)
         sorter.add([place(number) for number in numbers], [str(number).encode() for number in numbers])
-    assert sorter.records == 1000
+    assert sorter.records == 1000 and any(tmp_path.glob("bucket-*")) == files
     assert list(sorter) == [record for _, record in shuffler]
     assert not list(tmp_path.iterdir())
     for count, number in ((1000, 1), (1000, 7), (1001, 13), (5, 5)):

@@ -29,17 +29,23 @@ def _plain(
 
 @given(_FACETS, st.data())
 @settings(deadline=None)
-def test_the_heaviest_facets_of_a_history(facets, data):
-    """Few items of a catalogue with many facets as well as many of one with few."""
-    items = data.draw(st.lists(st.integers(0, len(facets) - 1), max_size=60))
-    weights = data.draw(st.lists(st.sampled_from([0.25, 0.5, 1.0, 0.1]), min_size=len(items), max_size=len(items)))
+def test_the_heaviest_facets_of_histories(facets, data):
+    """Few items of a catalogue with many facets as well as many of one with few, of one history and of several."""
+    one = st.lists(st.tuples(st.integers(0, len(facets) - 1), st.sampled_from([0.25, 0.5, 1.0, 0.1])), max_size=60)
+    histories = data.draw(st.lists(one, min_size=1, max_size=5))
     most, often = data.draw(st.integers(1, 3)), data.draw(st.booleans())
     frequency = Counter(facet for of_item in facets for facet in of_item)
-    tally = Tally(facets, frequency.__getitem__)
-    found = tally.heaviest(np.array(items, np.int64), np.array(weights), most, often=often)
-    assert found == _plain([facets[i] for i in items], frequency, weights, most, often)
+    items, weights = (
+        np.array([event[field] for history in histories for event in history], kind)
+        for field, kind in ((0, np.int64), (1, np.float64))
+    )
+    whose = np.repeat(np.arange(len(histories)), list(map(len, histories)))
+    found = Tally(facets, frequency.__getitem__).heaviest(items, weights, most, whose, len(histories), often=often)
+    for said, history in zip(found, histories, strict=True):
+        assert said == _plain([facets[i] for i, _ in history], frequency, [w for _, w in history], most, often)
 
 
 def test_a_history_without_facets_says_nothing():
-    assert Tally([(), ("a",)], lambda _: 1.0).heaviest(np.array([0, 0]), np.ones(2), 3) == []
-    assert Tally([()], lambda _: 1.0).heaviest(np.array([0]), np.ones(1), 3) == []
+    whose = np.zeros(2, np.int64)
+    assert Tally([(), ("a",)], lambda _: 1.0).heaviest(np.array([0, 0]), np.ones(2), 3, whose, 2) == [[], []]
+    assert Tally([()], lambda _: 1.0).heaviest(np.array([0, 0]), np.ones(2), 3, whose, 1) == [[]]

@@ -23,7 +23,7 @@ from instructrec_jax.data import shards, wire
 from instructrec_jax.data.shards import NAME, VERSION
 from instructrec_jax.errors import ConfigError, DataError
 from instructrec_jax.files import read_json, sha256, write_json
-from instructrec_jax.host_memory import keep_imports
+from instructrec_jax.host_memory import spare_collector
 from instructrec_jax.instructions.example import InstructionExample
 
 MANIFEST = "manifest.json"
@@ -49,7 +49,7 @@ def write(
         DataError: there is no example.
         ConfigError: more shards than examples.
     """
-    keep_imports()
+    spare_collector()
     count = num_shards(getattr(examples, "expected", 0), shard_records)
     with building(folder) as fresh:
         counts: Counter[str] = Counter()
@@ -187,7 +187,7 @@ class Records:
         from array_record.python.array_record_module import ArrayRecordReader
         from tensorflow_datasets.proto import tf_example_pb2  # noqa: F401
 
-        keep_imports()
+        spare_collector()
         self.manifest = verify(folder)
         files = [str(Path(folder) / NAME / VERSION / name) for name in sorted(self.manifest["shards"])]
         self._ends = np.asarray(shards.cuts(len(self), len(files)))

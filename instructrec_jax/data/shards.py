@@ -27,7 +27,8 @@ _SIZE = np.dtype("<u4")  # of a record on its way
 # Of ArrayRecord's writer: a record to a chunk, so that any one is read by itself. Snappy takes a third of zstd's time to write and half of
 # it to read, for files that are a tenth larger. A chunk says how it is compressed: readers take either.
 _OPTIONS = "group_size:1,snappy"
-_BUFFER = 1 << 16  # bytes gathered for each bucket, on average, before they are written
+_BUFFER = 1 << 16  # bytes gathered for each bucket, on average, before they are written,
+_HELD = 1 << 26  # but not before there are so many: a small set never meets the disk
 
 
 def aspects(example: InstructionExample) -> str:
@@ -62,7 +63,7 @@ def cuts(records: int, shards: int) -> list[int]:
 
 
 class Sorter:
-    """Records by place, in files of one bucket each, one of which is sorted in memory at a time."""
+    """Records by place: in memory while they are few, else in files of one bucket each, of which one is sorted at a time."""
 
     def __init__(self, folder: Path, buckets: int):
         self._files = [folder / f"bucket-{n}" for n in range(buckets)]
@@ -76,7 +77,7 @@ class Sorter:
             waiting[number].append(placed)
         self.records += len(records)
         self._size += sum(map(len, records))
-        if self._size > _BUFFER * len(waiting):
+        if self._size > max(_BUFFER * len(waiting), _HELD):
             self._flush()
 
     def _flush(self) -> None:
@@ -90,12 +91,14 @@ class Sorter:
 
     def __iter__(self) -> Iterator[bytes]:
         """The records in order; each can be read once."""
-        self._flush()
-        for file in self._files:
+        for file, placed in zip(self._files, self._waiting, strict=True):
             if file.exists():
-                content = file.read_bytes()
+                placed += _apart(file.read_bytes())
                 file.unlink()
-                yield from [placed[_PLACE:] for placed in sorted(_apart(content))]
+            placed.sort()
+            yield from [one[_PLACE:] for one in placed]
+            placed.clear()
+        self._size = 0
 
 
 def _apart(content: bytes) -> list[bytes]:

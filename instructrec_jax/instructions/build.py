@@ -23,6 +23,7 @@ from instructrec_jax.instructions.pauses import Pauses
 from instructrec_jax.instructions.prompts import KINDS, Features, NothingToSay, Prompter
 from instructrec_jax.instructions.render import ItemsAs, Slots
 from instructrec_jax.instructions.targets import Parts, Plan, Stage, targets, with_limits
+from instructrec_jax.instructions.tastes import Taste
 from instructrec_jax.instructions.template import Template
 from instructrec_jax.instructions.window_records import window_records
 from instructrec_jax.instructions.windows import KeyedWindows, num_windows, windows
@@ -70,6 +71,16 @@ _SHOW_FEATURES = (
     0.75  # share of training prompts that show the features of users who have some, and of windows that show time gaps
 )
 _SHOWN_PAUSES = 0x6A95  # keeps that draw apart
+# A target without tags or labels may still have words of the other level.
+_OTHER_LEVEL = {"I1": ("I1", "I2"), "I2": ("I2", "I1")}
+
+
+class _Wording(NamedTuple):
+    """How an example is said, before its target is looked at."""
+
+    templates: tuple[Template, ...]  # the first that the data has words for
+    features: tuple[Feature, ...]
+    number: int  # a key for what is left to choose
 
 
 class Builder(Prompter):
@@ -296,8 +307,10 @@ class Builder(Prompter):
                     shown = [tuple(row) for row in others.tolist()]
                 else:
                     shown = self.candidates(ends, seen, n, others)
-            for end, user, four, candidates in zip(ends.tolist(), users.tolist(), numbers, shown, strict=True):
-                made = self._one(family, user, end, four, candidates)
+            wordings = [self._wording(family, user, four) for user, four in zip(users.tolist(), numbers, strict=True)]
+            tastes = self._tastes(wordings, users, ends)
+            for number, (end, user, candidates) in enumerate(zip(ends.tolist(), users.tolist(), shown, strict=True)):
+                made = self._one(wordings[number], kind, user, end, candidates, tastes.get(number))
                 if made is None:
                     self.skipped[f"{family}: nothing to say of the item or the history"] += 1
                     continue
@@ -317,11 +330,8 @@ class Builder(Prompter):
         popularity = plan.popularity if self.config.negatives == "popularity" else None
         return sample_negatives(items, seen, n, seed=seed, user=user, target=target, popularity=popularity)
 
-    def _one(
-        self, family: str, user: int, end: int, numbers: tuple[int, int, int, int], candidates: tuple[int, ...]
-    ) -> InstructionExample | None:
-        """The example whose target is event ``end``; ``numbers`` are keys for the choices of it, one after the other."""
-        kind = FAMILIES[family].kind
+    def _wording(self, family: str, user: int, numbers: tuple[int, int, int, int]) -> _Wording:
+        """``numbers`` are keys for the choices, one after the other."""
         of_language, option, of_features, number = numbers
         language = pick(self.config.languages, of_language)
         features: tuple[Feature, ...] = ()
@@ -329,19 +339,31 @@ class Builder(Prompter):
             features = self.features(user)
         shares = self.shares(family, language, features=bool(features))
         if not shares:
-            return None
+            return _Wording((), features, number)
         preference, intention = _by_share(shares, fraction(option))
+        kind, found = FAMILIES[family].kind, []
+        for level in _OTHER_LEVEL.get(intention, (intention,)):
+            if group := self.group(language, kind, preference, level, features=bool(features), trained=True):
+                found.append(pick(group, number))
+        return _Wording(tuple(found), features, number)
+
+    def _tastes(self, wordings: Sequence[_Wording], users: np.ndarray, ends: np.ndarray) -> dict[int, Taste]:
+        """What weighs most in the histories whose wordings say it, by their places."""
+        told = [n for n, wording in enumerate(wordings) if any(t.tells_taste for t in wording.templates)]
+        return dict(zip(told, self.words.tastes(users[told], ends[told]), strict=True)) if told else {}
+
+    def _one(
+        self, wording: _Wording, kind: str, user: int, end: int, candidates: tuple[int, ...], taste: Taste | None
+    ) -> InstructionExample | None:
+        """The example whose target is event ``end``."""
         target = int(self.data.item[end])
         item = -1
         if kind == "pointwise":
-            item, candidates = (target if number >> 63 else candidates[0]), ()
-        # A target without tags or labels may still have words of the other level.
-        for level in {"I1": ("I1", "I2"), "I2": ("I2", "I1")}.get(intention, (intention,)):
-            group = self.group(language, kind, preference, level, features=bool(features), trained=True)
-            if not group:
-                continue
-            template = pick(group, number)
-            slots = self.slots(template, user, end, target, candidates=candidates, item=item, features=features)
+            item, candidates = (target if wording.number >> 63 else candidates[0]), ()
+        for template in wording.templates:
+            slots = self.slots(
+                template, user, end, target, candidates=candidates, item=item, features=wording.features, taste=taste
+            )
             if slots is not None:
                 # What the prompt shows, or answers by yes or no, is not to be predicted from its end.
                 aim = -1 if kind == "pointwise" or "target_item" in template.reads else target

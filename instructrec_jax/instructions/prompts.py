@@ -16,6 +16,7 @@ from instructrec_jax.instructions.negatives import sample_negatives
 from instructrec_jax.instructions.packs import Domain, clean_text, load_domain, word_slots
 from instructrec_jax.instructions.pauses import Pauses
 from instructrec_jax.instructions.render import ItemsAs, Rendered, Slots, render
+from instructrec_jax.instructions.tastes import Taste
 from instructrec_jax.instructions.template import Template
 from instructrec_jax.instructions.templates import in_families, load_templates
 from instructrec_jax.instructions.words import Words
@@ -323,8 +324,10 @@ class Prompter:
         candidates: Sequence[int] = (),
         item: int = -1,
         features: tuple[Feature, ...] = (),
+        taste: Taste | None = None,
     ) -> Slots | None:
-        """Slots of a template whose target is event ``end``; None if the data has no words for one of them."""
+        """Slots of a template whose target is event ``end``; None if the data has no words for one of them. ``taste``: of the history,
+        if it is known."""
         start = int(self.data.offsets[user])
         history: list[int] = []
         pauses: Sequence[Feature | None] = ()
@@ -332,18 +335,18 @@ class Prompter:
         if "history" in template.reads or "history_titles" in answered:
             first = max(start, end - self._history_budget(template.kind))
             history, pauses = self.data.item[first:end].tolist(), self.pauses_of(user, first, end)
-        taste: str | None = ""
-        if "preference" in template.reads or "preference" in answered:
-            taste = self.words.preference(user, end, template.language)
+        preference: str | None = ""
+        if template.tells_taste:
+            preference = self.words.preference(user, end, template.language, taste)
         if template.intention != "I0" and wish is None:
             wish = self.words.intention(template.intention, target, user, end - start, template.language)
-        if taste is None or (template.intention != "I0" and not (wish and clean_text(wish))):
+        if preference is None or (template.intention != "I0" and not (wish and clean_text(wish))):
             return None
         if "history_titles" in answered and not history:
             return None
         item = target if item < 0 else item
         right = item == target
-        return Slots(history, taste, wish or "", candidates, item, features, target, right, pauses=pauses)
+        return Slots(history, preference, wish or "", candidates, item, features, target, right, pauses=pauses)
 
     def pauses_of(self, user: int, first: int, end: int, request: bool = True) -> Sequence[Feature | None]:
         """The pauses of a history, events ``first`` to ``end`` (exclusive) of a user, as ``Slots`` has them; () without time gaps.

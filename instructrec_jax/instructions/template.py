@@ -63,6 +63,11 @@ class Template:
         return frozenset(SLOT.findall(self.answer))
 
     @cached_property
+    def tells_taste(self) -> bool:
+        """Whether the prompt or the answer says what the user prefers."""
+        return "preference" in self.reads or "preference" in self.answered_by
+
+    @cached_property
     def is_soft(self) -> bool:
         """Whether its texts differ by the numbers of soft tokens alone: no words but its own, and the domain's."""
         told = PROMPT_SLOTS.keys() - {"history", "features"}

@@ -12,17 +12,14 @@ from functools import cached_property, lru_cache
 from typing import Self
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from instructrec_jax.data.schema import SplitData
 from instructrec_jax.instructions.facets import Facets
 from instructrec_jax.instructions.keyed import key, mix, pick
 from instructrec_jax.instructions.packs import FRAMES, Domain, load_phrases
-from instructrec_jax.instructions.tally import Tally
+from instructrec_jax.instructions.tastes import Taste, Tastes
 
-_HALF_LIFE = 30  # events after which an event of the history counts half
-_DISLIKED = 0.25  # weight of events rated below the history's own mean
-_CLEAR = 0.5  # share of the history that a decade needs to be worth a word
 _WISHES = 1 << 14  # items whose specific wish is kept: popular ones are wished for again and again
 _FACETS = 3  # most labels in one sentence
 
@@ -33,8 +30,6 @@ class Words:
     def __init__(self, data: SplitData, domain: Domain, seed: int = 0, *, history_items: int = 64):
         self._data, self.domain, self._seed, self._length = data, domain, seed, history_items
         self.facets = Facets(data.catalogue, domain)
-        self._weights = 0.5 ** (np.arange(history_items - 1, -1, -1) / _HALF_LIFE)
-        self._tallies: dict[str, Tally] = {}
         self._specific = lru_cache(_WISHES)(self._specific_words)
         self._vague = lru_cache(_WISHES)(self._vague_words)
 
@@ -42,52 +37,52 @@ class Words:
     def _tags(self) -> tuple[dict[int, list[str]], dict[tuple[int, int], list[str]]]:
         return self.facets.tags(self._data.tags)
 
+    @cached_property
+    def _tastes(self) -> Tastes:
+        return Tastes(self.facets, self._length)
+
     def over(self, part: SplitData) -> Self:
         """The same words for a part of the users; what the catalogue and everybody's tags say is not worked out again."""
-        _ = self._tags
+        _ = self._tags, self._tastes
         other = copy.copy(self)
         other._data = part
         return other
 
-    def preference(self, user: int, end: int, language: str) -> str | None:
+    def tastes(self, users: Int[np.ndarray, " n"], ends: Int[np.ndarray, " n"]) -> list[Taste]:
+        """What weighs most in the users' events before the indices ``ends``, for ``preference``: of many histories at once."""
+        return self._tastes.of(self._data, users, ends)
+
+    def preference(self, user: int, end: int, language: str, taste: Taste | None = None) -> str | None:
         """P2: a sentence on the taste that the user's events before index ``end`` show; None if nothing can be said.
 
-        Weights are halved every 30 events back, and smaller for events rated below the history's mean. Reads the newest
-        ``history_items`` events and the user's own tags on their items.
+        Reads the newest ``history_items`` events and the user's own tags on their items. ``taste``: as ``tastes`` gives it, if it has
+        been asked for already.
         """
-        start = max(int(self._data.offsets[user]), end - self._length)
-        items = self._data.item[start:end]
-        weights = self._weights[self._length - len(items) :]
-        if self._data.rating is not None and len(items):
-            rating = np.asarray(self._data.rating[start:end], np.float64)
-            known = rating[~np.isnan(rating)]
-            if len(known):  # an unknown rating compares as not below
-                weights = np.where(rating < known.mean(), weights * _DISLIKED, weights)
+        taste = taste or self.tastes(np.array([user]), np.array([end]))[0]
+        first = int(self._data.offsets[user])
         person = self._data.first_user + user
-        number = mix(key(self._seed, person, end - int(self._data.offsets[user])))
+        number = mix(key(self._seed, person, end - first))
         phrases = load_phrases(language)
 
-        what = ""
-        for frame, slot in FRAMES.items():
-            top = self._tally(frame).heaviest(items, weights, 2 + number % 2, often=frame == "worded")
-            if top:
-                shown = [
-                    self._quoted(w, language) if frame == "worded" else self._label(w, language, frame) for w in top
-                ]
-                what = self._fill(self.domain.words[language][frame], language, **{slot: self._join(shown, language)})
-                break
+        what, frame = "", taste.frame
+        if frame:
+            top = taste.names[: 2 + number % 2]
+            shown = [self._quoted(w, language) if frame == "worded" else self._label(w, language, frame) for w in top]
+            what = self._fill(
+                self.domain.words[language][frame], language, **{FRAMES[frame]: self._join(shown, language)}
+            )
 
         own = self._tags[1]
-        tags = dict.fromkeys([t for i in items[::-1].tolist() for t in own.get((person, i), ())]) if own else {}
+        newest = self._data.item[max(first, end - self._length) : end][::-1].tolist() if own else ()
+        tags = dict.fromkeys([t for i in newest for t in own.get((person, i), ())])
         said = self._join([self._quoted(t, language) for t in list(tags)[:2]], language)
         if not what:
             return self._fill(phrases.one["taste_tags_only"], language, tags=said) if said else None
-        decade = self._decade(items, weights)
         return self._fill(
             pick(phrases.many["taste"], mix(number)),
             language,
             what=what,
-            when=self._fill(phrases.one["when"], language, decade=str(decade)) if decade else "",
+            when=self._fill(phrases.one["when"], language, decade=str(taste.decade)) if taste.decade else "",
             said=self._fill(phrases.one["said"], language, tags=said) if said else "",
         )
 
@@ -155,36 +150,6 @@ class Words:
         }
 
     # ------------------------------------------------------------------------------------------------------ small parts
-
-    def _tally(self, frame: str) -> Tally:
-        """The facets that a frame of the domain is filled with."""
-        if frame not in self._tallies:
-            facets = self.facets
-            if frame == "labelled":
-                of_items = facets.labels
-            elif frame == "branded":
-                of_items = [(brand,) if brand else () for brand in facets.brands]
-            else:
-                of_items = [words[:_FACETS] for words in facets.title_words]
-            frequency = facets.document_frequency
-            self._tallies[frame] = Tally(of_items, lambda facet: max(frequency[facet.lower()], 1) ** 0.25)
-        return self._tallies[frame]
-
-    @cached_property
-    def _decades(self) -> tuple[Int[np.ndarray, " decades"], Int[np.ndarray, " items"]]:
-        """The decades of the catalogue, and the place of each item's among them."""
-        decades, of_item = np.unique(np.asarray(self.facets.decades, np.int64), return_inverse=True)
-        return decades, of_item
-
-    def _decade(self, items: Int[np.ndarray, " n"], weights: Float[np.ndarray, " n"]) -> int:
-        """The decade of most of the history's weight, or 0."""
-        if not len(items):
-            return 0
-        decades, of_item = self._decades
-        total = np.bincount(of_item[items], weights)
-        last = len(total) - 1 - int(total[::-1].argmax())  # of decades as heavy as each other the newest
-        # ``sum`` and not numpy's, which adds in another order: a share of exactly a half is to stay one
-        return int(decades[last]) if total[last] >= _CLEAR * sum(weights.tolist()) else 0
 
     def _fill(self, frame: str, language: str, **values: str) -> str:
         return frame.format_map({**self.domain.words[language], **values})

@@ -20,6 +20,7 @@ from instructrec_jax.instructions.build import Builder
 from instructrec_jax.instructions.facets import Facets
 from instructrec_jax.instructions.keyed import key
 from instructrec_jax.instructions.packs import Domain, clean_text
+from instructrec_jax.instructions.tastes import Taste
 from instructrec_jax.instructions.words import Words
 
 _LONGEST = 600  # characters of one text column of an item
@@ -52,10 +53,10 @@ class _Recorder(Words):
         self.asked: dict[Ask, None] = {}
         self._events = data.item
 
-    def preference(self, user: int, end: int, language: str) -> str | None:
+    def preference(self, user: int, end: int, language: str, taste: Taste | None = None) -> str | None:
         """As the rules, noted."""
         self.asked.setdefault(Ask("preference", language, user, end, int(self._events[end])))
-        return super().preference(user, end, language)
+        return super().preference(user, end, language, taste)
 
     def intention(self, level: str, target: int, user: int, ordinal: int, language: str) -> str | None:
         """As the rules; vague wishes are noted."""

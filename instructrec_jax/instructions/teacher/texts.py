@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from instructrec_jax.data.schema import SplitData
 from instructrec_jax.errors import DataError
 from instructrec_jax.files import read_json, sha256, write_atomic
+from instructrec_jax.instructions.tastes import Taste
 from instructrec_jax.instructions.teacher.asks import Evidences
 from instructrec_jax.instructions.words import Words
 
@@ -111,7 +112,7 @@ class TaughtWords(Words):
         other._evidences = self._evidences.over(part)
         return other
 
-    def preference(self, user: int, end: int, language: str) -> str | None:
+    def preference(self, user: int, end: int, language: str, taste: Taste | None = None) -> str | None:
         """The teacher's sentence for this very history, else the rules'."""
         if ("preference", language) in self._kinds:
             evidence = self._evidences.history(user, end, language)
@@ -119,7 +120,7 @@ class TaughtWords(Words):
                 self.counts["preference: teacher"] += 1
                 return self._texts[evidence.content]
         self.counts["preference: rules"] += 1
-        return super().preference(user, end, language)
+        return super().preference(user, end, language, taste)
 
     def intention(self, level: str, target: int, user: int, ordinal: int, language: str) -> str | None:
         """The teacher's vague wish for the target, else the rules'; specific wishes are always the rules'."""
