@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import random
 import shutil
@@ -32,6 +33,9 @@ _quick = ("backend_optimization_level=0", "llvm_disable_expensive_passes=true", 
 os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{flag}" for flag in _quick))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A twentieth of the time is the garbage collector's, which looks through JAX again and again.
+gc.set_threshold(50_000, 20, 50)
 
 # Few examples and always the same ones; HYPOTHESIS_PROFILE=thorough searches further.
 _common = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)

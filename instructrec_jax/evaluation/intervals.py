@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import stats
 
 from instructrec_jax.errors import UserError
 
@@ -103,6 +102,8 @@ def bootstrap_means(
             out[name] = Interval(mean, mean, mean, n)  # keeps the order of names; limits follow
             together.setdefault(n, []).append((name, column))
     for n, columns in together.items():
+        from scipy import stats  # takes a second, which no command that trains is to wait for
+
         block = np.stack([column for _, column in columns])
         interval = stats.bootstrap(
             (block,),
@@ -152,6 +153,8 @@ def paired_test(
     if len(changed) == 1:
         p = 1.0  # two sign patterns, both as extreme as the one seen
     else:
+        from scipy import stats
+
         p = stats.permutation_test(
             (changed,),
             np.mean,
