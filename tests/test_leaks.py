@@ -11,7 +11,8 @@ from instructrec_jax.config import InstructionConfig
 from instructrec_jax.data.schema import TEST, TRAIN, VALID, Catalogue
 from instructrec_jax.instructions.build import Builder
 from instructrec_jax.instructions.example import Feature
-from instructrec_jax.instructions.template import TARGET_WORDS
+from instructrec_jax.instructions.render import ANSWERED_TITLES
+from instructrec_jax.instructions.template import GIVEN_AWAY, SLOT, TARGET_WORDS
 from instructrec_jax.instructions.templates import load_templates
 from tests.small_split import small_split
 
@@ -94,6 +95,33 @@ def test_target_and_future_do_not_show(template, items_as):
             )
     assert compared > 20
     assert all(changed.values()) and bool(declared) == template.reads_target
+
+
+WIDENINGS = [t for t in TEMPLATES if t.widening]
+
+
+@pytest.mark.parametrize("template", WIDENINGS, ids=lambda t: f"{t.language}-{t.id}")
+def test_no_widening_answers_with_what_its_prompt_says(template):
+    """By its slots and, where items stand as titles, by its text: no sentence and no title of the answer is in the prompt."""
+    shown = set(SLOT.findall(template.prompt))
+    assert not {slot for name in shown & set(GIVEN_AWAY) for slot in GIVEN_AWAY[name]} & template.answered_by
+    compared = 0
+    for user, end, builder, _ in pairs("title"):
+        target = int(builder.data.item[end])
+        slots = builder.slots(template, user, end, target)
+        if slots is None:
+            continue
+        made = builder.example(template, slots, user=user, target=target)
+        fills = {
+            "intention": [slots.intention],
+            "preference": [slots.preference],
+            "answer_title": [builder.titles[target]],
+            "history_titles": [builder.titles[i] for i in slots.history[-ANSWERED_TITLES:]],
+        }
+        for slot in template.answered_by & set(fills):
+            assert not any(fill in made.prompt for fill in fills[slot])
+            compared += 1
+    assert compared
 
 
 @pytest.mark.parametrize("items_as", ["token", "title", "both"])

@@ -207,6 +207,45 @@ def test_widenings_are_checked(tmp_path, old, new, problem):
     assert problem in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("aspects", "reads", "prompt", "answer", "leak"),
+    [
+        ("P0, I0", "target_item", "Of {chosen}:", "It is {answer_title}", "20 answer_title chosen"),
+        ("P0, I0", "target_item", "Of {chosen}:", "{answer_item}", "14 answer_item chosen"),
+        ("P0, I1", "target_tags", "Want {intention}", "Oh: {intention}", "18 intention intention"),
+        ("P2, I0", "preference", "{preference} So?", "{preference} {answer_title}", "14 preference preference"),
+        ("P1, I0", "history", "{history}. Last?", "{history_titles}", "14 history_titles history"),
+        ("P1, I0", "history", "{history}. Next?", "{answer_title}", ""),
+        ("P1, I1", "history, target_tags", "{intention}: {history}", "{answer_title}", ""),
+        ("P2, I0", "target_item", "{chosen}?", "{preference}", ""),
+    ],
+)
+def test_no_widening_repeats_its_prompt(tmp_path, aspects, reads, prompt, answer, leak):
+    path = write(
+        tmp_path,
+        f"""\
+language: en
+templates:
+  - id: wide
+    aspects: [{aspects}, T2]
+    reads: [{reads}]
+    metric: none
+    widening: reasoning
+    prompt: "{prompt}"
+    answer: "{answer}"
+""",
+    )
+    if not leak:
+        assert load_template_file(path)
+        return
+    with pytest.raises(ConfigError) as error:
+        load_template_file(path)
+    column, slot, shown = leak.split()
+    assert str(error.value) == (
+        f"{path}: line 9, column {column}: a leak: {{{slot}}} repeats what the prompt says by {{{shown}}}"
+    )
+
+
 def test_files_of_a_team_come_behind_the_built_in_ones(tmp_path):
     path = write(tmp_path, GOOD.replace("id: a", "id: mine.a"))
     assert load_templates(["en"], [str(path)])[-1].id == "mine.a"

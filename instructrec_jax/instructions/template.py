@@ -20,6 +20,13 @@ PROMPT_SLOTS = {
     "features": "features",
 }
 ANSWER_SLOTS = ("answer_title", "answer_item", "verdict", "intention", "preference", "history_titles")
+# slot of a prompt -> slots of an answer that would only repeat it
+GIVEN_AWAY = {
+    "chosen": ("answer_title", "answer_item"),
+    "intention": ("intention",),
+    "preference": ("preference",),
+    "history": ("history_titles",),
+}
 TARGET_WORDS = ("target_tags", "target_categories", "target_title")  # where the words of an intention come from
 READS = ("history", "preference", "features", "candidates", "pair", "item", "target_item", *TARGET_WORDS)
 METRICS = ("next-item", "search", "none")

@@ -12,6 +12,7 @@ from instructrec_jax.instructions import aspects
 from instructrec_jax.instructions.packs import LANGUAGES, WORD_SLOTS, capital
 from instructrec_jax.instructions.template import (
     ANSWER_SLOTS,
+    GIVEN_AWAY,
     METRICS,
     PROMPT_SLOTS,
     READS,
@@ -47,9 +48,9 @@ def check_template_file(file: YamlFile, taken: Iterable[Template] = ()) -> list[
 
     A problem is: not YAML; an unknown key, slot, level, read or language; a missing aspect; a slot that is not declared in
     ``reads`` or a declared read without its slot; P1 without a history, P2 without a preference, I1 or I2 without a wish;
-    words of the target in the prompt with a metric other than "search"; the target itself in the prompt of anything but
-    a widening; a widening with a metric; a T2 prompt answered by the item whose history is not at its end; more than
-    ``MOST_WORDS`` words; an id that is taken.
+    words of the target in the prompt with a metric other than "search"; the target itself in the prompt of anything but a
+    widening; a widening with a metric, or with an answer that its prompt has already said; a T2 prompt answered by the item
+    whose history is not at its end; more than ``MOST_WORDS`` words; an id that is taken.
     """
     if file.root is None:
         return []
@@ -239,6 +240,7 @@ class _Check:
         if template.metric != wanted:
             self.file.note(self.entry["metric"], f"{why}, so the metric is {wanted!r}")
         if template.widening:
+            self._given_away()
             return
         if "chosen" in self.slots:
             self.file.note(
@@ -247,3 +249,14 @@ class _Check:
         for slot in ("intention", "preference", "history_titles"):
             if slot in self.answers:
                 self.file.note(self.answer, f"only a widening is answered by {{{slot}}}", find=f"{{{slot}}}")
+
+    def _given_away(self) -> None:
+        """A widening may show the target and answer by it, but not both: to repeat the prompt teaches nothing."""
+        for shown in dict.fromkeys(self.slots):
+            for slot in GIVEN_AWAY.get(shown, ()):
+                if slot in self.answers:
+                    self.file.note(
+                        self.answer,
+                        f"a leak: {{{slot}}} repeats what the prompt says by {{{shown}}}",
+                        find=f"{{{slot}}}",
+                    )
