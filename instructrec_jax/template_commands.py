@@ -270,15 +270,17 @@ def _token_counter(where: str) -> tuple[Any, int, Any]:
 
 def _too_many_tokens(name: str, templates: list[Template], text: Any, row: int, pack: Any) -> list[str]:
     from instructrec_jax.instructions.template import SLOT
+    from instructrec_jax.instructions.yaml_file import Problem
 
     out, most = [], int(row * _MOST_OF_ROW)
     for template in templates:
         words = SLOT.sub("", _said(template, f"{template.prompt} {template.answer}", pack))
         if (tokens := len(text.encode(words))) > most:
-            out.append(
-                f"{name}: template {template.id!r} is over-long: {tokens} tokens without what fills its slots, at most "
+            what = (
+                f"template {template.id!r} is over-long: {tokens} tokens without what fills its slots, at most "
                 f"{most} of a row of {row} (train.sequence_length)"
             )
+            out.append(str(Problem(name, *template.place, what)))
     return out
 
 

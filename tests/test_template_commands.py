@@ -81,7 +81,8 @@ def test_tokens_are_counted_with_a_prepared_tokeniser(files):
     (files / "t.yaml").write_text(TEMPLATES.replace("Any {noun}", "zxqj kvwz qqpo {noun}"))
     result = run("check", "t.yaml", "--tokens-of", "c.yaml")
     assert result.exit_code == 1
-    assert "t.yaml: template 'our.b' is over-long: " in result.output and "at most 8 of a row of 16" in result.output
+    assert "t.yaml: line 4, column 78: template 'our.b' is over-long: " in result.output
+    assert "at most 8 of a row of 16" in result.output
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

@@ -1,5 +1,6 @@
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -107,6 +108,9 @@ def test_good_file(tmp_path):
     (template,) = load_template_file(write(tmp_path, GOOD))
     assert template.kind == "sequential"
     assert template.reads == {"history"}
+    assert template.place == (7, 13)
+    moved = replace(template, place=(1, 1))  # where it stands is no part of what it is
+    assert moved == template and hash(moved) == hash(template)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 # slot -> what it reads of the data; "" = nothing that needs to be declared
@@ -49,6 +49,7 @@ class Template:
     metric: str  # "next-item"; "search" where the prompt reads the target; "none" = a widening, for training only
     held_out: bool = False  # never trained on
     widening: str = ""  # out of WIDENINGS; "" = the plain task
+    place: tuple[int, int] = field(default=(0, 0), compare=False)  # line and column of the prompt in its file
 
     def __hash__(self) -> int:
         """Equal templates have the same id and language; to hash every field for each example would take longer than to fill it in."""

@@ -105,6 +105,7 @@ def _template(file: YamlFile, node: yaml.Node, language: str, taken: Collection[
         metric=metric,
         held_out=held_out == "true",
         widening=widening,
+        place=(entry["prompt"].start_mark.line + 1, entry["prompt"].start_mark.column + 1),
     )
     _Check(file, entry, template).all()
     return template
