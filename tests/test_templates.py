@@ -113,6 +113,18 @@ def test_good_file(tmp_path):
     assert moved == template and hash(moved) == hash(template)
 
 
+@pytest.mark.parametrize("style", [">", "|", ">+"])
+def test_the_line_break_at_the_end_of_a_block_is_no_part_of_the_text(tmp_path, style):
+    block = GOOD.replace(
+        'prompt: "Next {noun} after {history}"', f"prompt: {style}\n      Next {{noun}} after {{history}}\n"
+    )
+    (template,) = load_template_file(write(tmp_path, block))
+    assert template.prompt == "Next {noun} after {history}"
+    answered = f"{GOOD}    answer: {style}\n      So {{answer_title}}\n"
+    (template,) = load_template_file(write(tmp_path, answered))
+    assert template.answer == "So {answer_title}"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "parts"),
     [

@@ -99,8 +99,9 @@ def _template(file: YamlFile, node: yaml.Node, language: str, taken: Collection[
         preference=levels[0],
         intention=levels[1],
         task=levels[2],
-        prompt=file.text(entry["prompt"], "prompt"),
-        answer=file.text(entry["answer"], "answer") if "answer" in entry else "",
+        # YAML's ``>`` and ``|`` end a text with a line break that nobody means.
+        prompt=file.text(entry["prompt"], "prompt").rstrip(),
+        answer=file.text(entry["answer"], "answer").rstrip() if "answer" in entry else "",
         reads=frozenset(reads),
         metric=metric,
         held_out=held_out == "true",
