@@ -109,6 +109,8 @@ def test_good_file(tmp_path):
     assert template.kind == "sequential"
     assert template.reads == {"history"}
     assert template.place == (7, 13)
+    (named,) = load_template_file(write(tmp_path, GOOD.replace("id: a", "id: Our_shop.p1-店.2")))
+    assert named.id == "Our_shop.p1-店.2"
     moved = replace(template, place=(1, 1))  # where it stands is no part of what it is
     assert moved == template and hash(moved) == hash(template)
 
@@ -147,6 +149,9 @@ def test_the_line_break_at_the_end_of_a_block_is_no_part_of_the_text(tmp_path, s
         ("language: en", "language: eng", ["line 1, column 11", "did you mean 'en'"]),
         ("metric: next-item", "metric: next-item\n    held_out: maybe", ["held_out"]),
         ("id: a", 'id: ""', ["empty"]),
+        ("id: a", 'id: "a b/../c"', ["line 3, column 9", "the id 'a b/../c' holds more than letters, digits"]),
+        ("id: a", "id: a/b", ["line 3, column 9", "holds more than"]),
+        ("id: a", 'id: "a\\n"', ["line 3, column 9", "holds more than"]),
         ("[P1, I0, T2]", "[P1, I0, T3]", ["T3, and only T3, shows {candidates}"]),
         ("  - id: a", "  - id: a\n    id: b", ["twice"]),
         ("[P1, I0, T2]", "[P1, I0, T2", ["not YAML", "line"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from instructrec_jax.instructions.template import (
 from instructrec_jax.instructions.yaml_file import YamlFile
 
 MOST_WORDS = 90  # of a wording, without what fills its slots; a Chinese character is half a word
+_ID = re.compile(r"[\w.-]+")  # an id is a name in options and tables
 _REQUIRED = ("id", "aspects", "reads", "metric", "prompt")
 
 
@@ -50,7 +52,8 @@ def check_template_file(file: YamlFile, taken: Iterable[Template] = ()) -> list[
     ``reads`` or a declared read without its slot; P1 without a history, P2 without a preference, I1 or I2 without a wish;
     words of the target in the prompt with a metric other than "search"; the target itself in the prompt of anything but a
     widening; a widening with a metric, or with an answer that its prompt has already said; a T2 prompt answered by the item
-    whose history is not at its end; more than ``MOST_WORDS`` words; an id that is taken.
+    whose history is not at its end; more than ``MOST_WORDS`` words; an id that is taken, or has other signs than letters,
+    digits, ".", "_" and "-".
     """
     if file.root is None:
         return []
@@ -89,6 +92,8 @@ def _template(file: YamlFile, node: yaml.Node, language: str, taken: Collection[
     name = file.text(entry["id"], "id")
     if not name:
         file.note(entry["id"], "the id is empty")
+    elif not _ID.fullmatch(name):
+        file.note(entry["id"], f"the id {name!r} holds more than letters, digits, '.', '_' and '-'")
     elif name in taken:
         file.note(entry["id"], f"the id {name!r} is taken by an earlier template")
     if levels is None:
