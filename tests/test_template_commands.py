@@ -64,6 +64,12 @@ def test_every_problem_of_every_file_is_listed(files):
     assert "9 problems" in result.output
 
 
+def test_a_file_without_templates_is_told(files):
+    (files / "t.yaml").write_text("language: en\ntemplates: []\n")
+    result = run("check", "t.yaml")
+    assert result.exit_code == 1 and "t.yaml: line 2, column 12: the file holds no template\n1 problem" in result.output
+
+
 def test_a_built_in_id_is_taken(files):
     (files / "t.yaml").write_text(TEMPLATES.replace("our.a", "seq.p1.a"))
     result = run("check", "t.yaml")

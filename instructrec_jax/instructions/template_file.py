@@ -48,12 +48,12 @@ def load_template_file(path: str | Path, taken: Iterable[Template] = ()) -> list
 def check_template_file(file: YamlFile, taken: Iterable[Template] = ()) -> list[Template]:
     """The templates of a file; what is wrong is added to ``file.problems``.
 
-    A problem is: not YAML; an unknown key, slot, level, read or language; a missing aspect; a slot that is not declared in
-    ``reads`` or a declared read without its slot; P1 without a history, P2 without a preference, I1 or I2 without a wish;
-    words of the target in the prompt with a metric other than "search"; the target itself in the prompt of anything but a
-    widening; a widening with a metric, or with an answer that its prompt has already said; a T2 prompt answered by the item
-    whose history is not at its end; more than ``MOST_WORDS`` words; an id that is taken, or has other signs than letters,
-    digits, ".", "_" and "-".
+    A problem is: not YAML; no template; an unknown key, slot, level, read or language; a missing aspect; a slot that is not
+    declared in ``reads`` or a declared read without its slot; P1 without a history, P2 without a preference, I1 or I2 without
+    a wish; words of the target in the prompt with a metric other than "search"; the target itself in the prompt of anything
+    but a widening; a widening with a metric, or with an answer that its prompt has already said; a T2 prompt answered by the
+    item whose history is not at its end; more than ``MOST_WORDS`` words; an id that is taken, or has other signs than
+    letters, digits, ".", "_" and "-".
     """
     if file.root is None:
         return []
@@ -62,6 +62,8 @@ def check_template_file(file: YamlFile, taken: Iterable[Template] = ()) -> list[
         return []
     language = file.one_of(top["language"], "language", LANGUAGES)
     entries = file.entries(top["templates"], "templates")
+    if isinstance(top["templates"], yaml.SequenceNode) and not entries:
+        file.note(top["templates"], "the file holds no template")
     if language not in LANGUAGES:  # which words are slots depends on it
         return []
     ids = {t.id for t in taken if t.language == language}
