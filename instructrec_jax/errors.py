@@ -45,7 +45,12 @@ class ConfigError(UserError):
     """A configuration that cannot be used: unknown key, wrong type, values that do not fit together."""
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that a misspelt one may stand for; empty if none is near."""
+    return next(iter(get_close_matches(word, list(known), n=1, cutoff=0.5)), "")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` for the nearest known word, or an empty string."""
-    near = get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    near = nearest(word, known)
+    return f" (did you mean {near!r}?)" if near else ""

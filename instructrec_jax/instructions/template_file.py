@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from instructrec_jax.errors import did_you_mean
+from instructrec_jax.errors import did_you_mean, nearest
 from instructrec_jax.instructions import aspects
 from instructrec_jax.instructions.packs import LANGUAGES, WORD_SLOTS, capital
 from instructrec_jax.instructions.template import (
@@ -144,8 +144,8 @@ class _Check:
         words = [form for word in WORD_SLOTS[template.language] for form in (word, capital(word))]
         self.prompt = entry["prompt"]
         self.answer = entry.get("answer", entry["id"])
-        self.slots = self._slots(self.prompt, template.prompt, (*PROMPT_SLOTS, *words))
-        self.answers = self._slots(self.answer, template.answer, (*ANSWER_SLOTS, *words))
+        self.slots, self.meant = self._slots(self.prompt, template.prompt, (*PROMPT_SLOTS, *words))
+        self.answers, self.meant_answers = self._slots(self.answer, template.answer, (*ANSWER_SLOTS, *words))
 
     def all(self) -> None:
         """Note every problem."""
@@ -160,9 +160,10 @@ class _Check:
         self._task()
         self._widening()
 
-    def _slots(self, node: yaml.Node, text: str, known: Collection[str]) -> list[str]:
+    def _slots(self, node: yaml.Node, text: str, known: Collection[str]) -> tuple[list[str], set[str]]:
+        """The slots of a text as they are, and with the nearest known ones for those that are misspelt."""
         names = SLOT.findall(text)
-        for name in names:
+        for name in dict.fromkeys(names):
             if name not in known:
                 self.file.note(
                     node,
@@ -175,7 +176,12 @@ class _Check:
             self.file.note(node, "a brace without its partner", find="{" if "{" in rest else "}")
         for name in dict.fromkeys(n for n in names if names.count(n) > 1 and n in PROMPT_SLOTS):
             self.file.note(node, f"{{{name}}} is used twice", find=f"{{{name}}}")
-        return names
+        return names, {name if name in known else nearest(name, known) for name in names}
+
+    def _shown(self, wanted: bool) -> tuple[Collection[str], Collection[str]]:
+        """The slots of the prompt and of the answer: a misspelt one, told as such, is neither missed where it is ``wanted``
+        nor found where it is not."""
+        return (self.meant, self.meant_answers) if wanted else (self.slots, self.answers)
 
     def _reads(self) -> None:
         template = self.template
@@ -184,14 +190,14 @@ class _Check:
                 self.file.note(
                     self.prompt, f"{{{slot}}} is used, but reads does not declare {read!r}", find=f"{{{slot}}}"
                 )
-        used = {PROMPT_SLOTS.get(slot) for slot in self.slots}
+        used = {PROMPT_SLOTS.get(slot) for slot in self.meant}
         if idle := sorted((template.reads & set(READS)) - used - set(TARGET_WORDS)):
             self.file.note(self.entry["reads"], f"reads declares {', '.join(idle)}, which the prompt does not use")
 
     def _preference(self) -> None:
         template = self.template
         for level, slot, said in (("P1", "history", "history_titles"), ("P2", "preference", "preference")):
-            shown = slot in self.slots or (bool(template.widening) and said in self.answers)
+            shown = slot in self.meant or (bool(template.widening) and said in self.meant_answers)
             if template.preference == level and not shown:
                 self.file.note(self.prompt, f"{level} needs {{{slot}}} in the prompt")
         for slot, levels in (("history", ("P1", "P2")), ("preference", ("P2",))):
@@ -200,13 +206,15 @@ class _Check:
 
     def _intention(self) -> None:
         template = self.template
-        in_prompt = "intention" in self.slots
         wished = template.intention != "I0"
-        if wished != (in_prompt or (bool(template.widening) and "intention" in self.answers)):
+        slots, answers = self._shown(wished)
+        if wished != ("intention" in slots or (bool(template.widening) and "intention" in answers)):
             self.file.note(
                 self.prompt, f"{template.intention} {'needs' if wished else 'does not fit'} {{intention}} in the prompt"
             )
-        if in_prompt != bool(template.reads & set(TARGET_WORDS)):
+        declared = bool(template.reads & set(TARGET_WORDS))
+        in_prompt = "intention" in self._shown(declared)[0]
+        if in_prompt != declared:
             self.file.note(
                 self.entry["reads"],
                 f"{template.intention} {'must' if in_prompt else 'must not'} declare what it reads of the target",
@@ -215,14 +223,15 @@ class _Check:
 
     def _task(self) -> None:
         template = self.template
-        for task, slots, said in (
-            ("T3", {"candidates", "candidates_numbered"} & set(self.slots), "shows {candidates}"),
-            ("T1", {"first", "second"} <= set(self.slots), "shows {first} and {second}"),
-            ("T0", "item" in self.slots, "asks about {item}"),
+        for task, ways, said in (
+            ("T3", ({"candidates"}, {"candidates_numbered"}), "shows {candidates}"),
+            ("T1", ({"first", "second"},), "shows {first} and {second}"),
+            ("T0", ({"item"},), "asks about {item}"),
         ):
-            if bool(slots) != (template.task == task):
+            slots = self._shown(template.task == task)[0]
+            if any(way.issubset(slots) for way in ways) != (template.task == task):
                 self.file.note(self.prompt, f"{task}, and only {task}, {said}")
-        if ("verdict" in self.answers) != (template.task == "T0"):
+        if ("verdict" in self._shown(template.task == "T0")[1]) != (template.task == "T0"):
             self.file.note(self.answer, "T0, and only T0, is answered by {verdict}")
         if template.task in ("T1", "T3") and not template.answer:
             self.file.note(
