@@ -30,7 +30,8 @@ def prepare_data(config: str, engine: Literal["local", "beam"], overrides: tuple
     ours, beam_options = split_options(overrides, "beam.")
     settings = configs.load(config, ours)
     if beam_options and engine != "beam":
-        raise UserError(f"{beam_options[0]} is an option of --engine beam")
+        name = beam_options[0].partition("=")[0].removeprefix("--")
+        raise UserError(f"--beam.{name} is an option of --engine beam")
     if engine == "beam":
         prepare.beam_engine()  # before anything is read
     begun = time.perf_counter()

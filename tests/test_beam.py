@@ -17,7 +17,7 @@ from instructrec_jax.cli import cli
 from instructrec_jax.config import Config, DataConfig, InstructionConfig
 from instructrec_jax.data import records, store
 from instructrec_jax.data.features import UserFeatures
-from instructrec_jax.errors import ConfigError, DataError, UserError
+from instructrec_jax.errors import ConfigError, DataError
 from instructrec_jax.files import sha256
 from instructrec_jax.instructions.build import FAMILIES
 from tests.small_split import small_split
@@ -186,8 +186,3 @@ def test_workers_that_fail_change_no_byte_of_whole_sets(tmp_path, whole_set, mon
     failed = fail_three_times(monkeypatch)
     assert prepared(tmp_path, words, "--engine", "beam", "--beam.runner", "BundleBasedDirectRunner") == expected
     assert sorted(failed) == sorted(STEPS * 3)
-
-
-def test_options_of_beam_need_beam():
-    done = CliRunner().invoke(cli, ["data", "prepare", "configs/ml_latest_small.yaml", "--beam.runner", "FlinkRunner"])
-    assert done.exit_code and isinstance(done.exception, UserError) and "--engine beam" in str(done.exception)

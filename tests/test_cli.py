@@ -125,6 +125,13 @@ def test_user_errors_have_no_traceback() -> None:
     assert result.returncode == 2 and "Traceback" not in result.stderr and result.stderr.startswith("error: ")
 
 
+@pytest.mark.parametrize("words", [["--beam.runner", "FlinkRunner"], ["--beam.runner=FlinkRunner"]])
+def test_options_of_beam_need_beam(words: list[str]) -> None:
+    result = CliRunner().invoke(cli, ["data", "prepare", "configs/ml_latest_small.yaml", *words])
+    assert result.exit_code and isinstance(result.exception, UserError)
+    assert str(result.exception) == "--beam.runner is an option of --engine beam"
+
+
 def test_help_imports_nothing_slow() -> None:
     """``instructrec --help`` must answer at once: no array library is loaded for it."""
     code = (
