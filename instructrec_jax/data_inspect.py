@@ -160,8 +160,9 @@ def _words(text: str, items: tuple[int, ...], titles: list[str]) -> str:
 
 
 def to_json(found: Inspection) -> dict[str, Any]:
-    """Numbers alone: without arrays and prompts."""
-    return {k: v for k, v in vars(found).items() if k not in ("lengths", "popularity", "prompts")}
+    """The numbers without the arrays, and the prompts."""
+    numbers = {k: v for k, v in vars(found).items() if k not in ("lengths", "popularity")}
+    return numbers | {"prompts": [vars(prompt) for prompt in found.prompts]}
 
 
 def write_html(found: Inspection, file: str | Path) -> Path:

@@ -67,10 +67,15 @@ def test_page_and_command(made, tmp_path):
     page = tmp_path / "page.html"
     done = CliRunner().invoke(cli, ["data", "inspect", str(tmp_path / "c.yaml"), "--html", str(page), "--json"])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout.splitlines()[-1])["truncated"] > 0
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["truncated"] > 0 and len(told["prompts"]) == 20
+    assert told["prompts"] == [vars(p) for p in data_inspect.inspect(made).prompts]
     html = page.read_text("utf-8")
     assert html.count("<svg") == 2 and "http" not in re.sub(r'http://www.w3.org\S*|http-equiv="', "", html)
     assert "Picture" in html and html == data_inspect.write_html(data_inspect.inspect(made), page).read_text("utf-8")
     shown = CliRunner().invoke(cli, ["data", "inspect", str(tmp_path / "c.yaml"), "--prompts", "2"])
     assert shown.exit_code == 0 and "longer than train.sequence_length" in shown.output
     assert Path(page).exists()
+    for count in (2, 0):
+        words = ["data", "inspect", str(tmp_path / "c.yaml"), "--prompts", str(count), "--json"]
+        assert len(json.loads(CliRunner().invoke(cli, words).stdout)["prompts"]) == count
