@@ -51,6 +51,12 @@ templates:
 """
 
 
+def test_half_a_pair_belongs_to_t1_too(tmp_path):
+    for text in (PAIR.replace("T1", "T2").replace(" or {second}", ""), PAIR.replace(" or {second}", "")):
+        with pytest.raises(ConfigError, match=r"T1, and only T1, shows \{first\} and \{second\}"):
+            load_template_file(write(tmp_path, text))
+
+
 @pytest.mark.parametrize(
     ("text", "slot", "misspelt"),
     [

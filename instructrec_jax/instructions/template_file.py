@@ -228,8 +228,11 @@ class _Check:
             ("T1", ({"first", "second"},), "shows {first} and {second}"),
             ("T0", ({"item"},), "asks about {item}"),
         ):
-            slots = self._shown(template.task == task)[0]
-            if any(way.issubset(slots) for way in ways) != (template.task == task):
+            wanted = template.task == task
+            slots = self._shown(wanted)[0]
+            # One half of a pair is as wrong elsewhere as both.
+            shown = any(way.issubset(slots) if wanted else not way.isdisjoint(slots) for way in ways)
+            if shown != wanted:
                 self.file.note(self.prompt, f"{task}, and only {task}, {said}")
         if ("verdict" in self._shown(template.task == "T0")[1]) != (template.task == "T0"):
             self.file.note(self.answer, "T0, and only T0, is answered by {verdict}")
