@@ -239,6 +239,32 @@ def test_an_endpoint_without_a_schema_or_max_tokens_is_asked_in_its_own_way(sour
     assert server.bodies[-1]["max_completion_tokens"] == 120
 
 
+@pytest.mark.parametrize("concurrency", [2, 3, 8])
+@pytest.mark.parametrize("knows", ["json_object", ""])
+def test_workers_that_are_refused_at_one_time_give_up_no_more_than_one_would(source, tmp_path, knows, concurrency):
+    def script(number: int, body: dict[str, Any]) -> str:
+        if body.get("response_format", {"type": knows})["type"] != knows:
+            return "status:400 response_format is not supported"
+        return "good"
+
+    with endpoint(script, delay=0.02) as server:  # the first requests are all under way before the first is refused
+        outcome = lesson(settings(source, tmp_path, server.url, concurrency=concurrency, retries=0))
+    assert sum(outcome.kept.values()) + outcome.without_evidence == 12
+    formats = [body.get("response_format", {}).get("type", "") for body in server.bodies]
+    assert formats.count("json_schema") == concurrency and formats[-1] == knows
+    assert formats.count("json_object") == (sum(outcome.kept.values()) if knows else concurrency)
+    assert outcome.spent == f"{120 * sum(outcome.kept.values()):,} tokens"  # being refused is free
+
+
+def test_a_request_that_is_refused_for_itself_ends_the_command(source, tmp_path):
+    with (
+        endpoint(lambda number, body: "status:400 the prompt is too long", delay=0.02) as server,
+        pytest.raises(UserError, match=r"status 400.*too long"),
+    ):
+        lesson(settings(source, tmp_path, server.url, concurrency=3))
+    assert len(server.bodies) <= 3  # asking again would not help
+
+
 def test_a_dead_endpoint_ends_the_command(source, tmp_path):
     with (
         endpoint(lambda number, body: "status:503 down") as server,

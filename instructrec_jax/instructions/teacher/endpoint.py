@@ -121,11 +121,13 @@ class Endpoint:
             await self._client.close()
 
     async def _one(self, request: Request) -> None:
-        for attempt in range(self._config.retries + 1):
+        attempt = 0
+        while attempt <= self._config.retries:
             await self._wait()
             wanted = most(request.prompt, self._config.max_output_tokens)
             await self._room_for(wanted)
             charge = self._cache.begin(wanted)
+            left_out = frozenset(self._unknown)  # while it is under way, another worker may learn more
             cost = wanted  # unless it is known better: a reply that broke off may have been paid for
             try:
                 reply = await self._send(request, wanted)
@@ -136,6 +138,8 @@ class Endpoint:
             except self._openai.APIStatusError as error:
                 cost = Usage()
                 self._cache.release(charge)
+                if self._takes_less(error, left_out):
+                    continue
                 await self._status(error, attempt)
             except (self._openai.APIError, json.JSONDecodeError, _Broken) as error:
                 await self._back_off(attempt, None, self._safe(error))
@@ -143,6 +147,7 @@ class Endpoint:
                 self._budget.end(wanted, cost)
                 async with self._room:
                     self._room.notify_all()
+            attempt += 1
         self.failed += 1
 
     async def _send(self, request: Request, wanted: Usage) -> Reply:
@@ -174,19 +179,29 @@ class Endpoint:
         usage = Usage(*counts) if len(counts) == 2 else wanted
         return Reply(choices[0].message.content or "", usage, choices[0].finish_reason == "length")
 
+    def _takes_less(self, error: Any, left_out: frozenset[str]) -> bool:
+        """Whether the endpoint refused a parameter, so that the request goes out again without it.
+
+        Of workers that are refused for one parameter, the first notes it; the others' requests held it, too, and are no sign of another.
+        """
+        if error.status_code not in (400, 422):
+            return False
+        if left_out != self._unknown:
+            return True
+        for name in ("response_format", "max_tokens", "temperature", "seed"):
+            if name in str(error) and name not in self._unknown:
+                # First a plainer form of JSON, then none.
+                first = name == "response_format" and "json_schema" not in self._unknown
+                self._unknown.add("json_schema" if first else name)
+                return True
+        return False
+
     async def _status(self, error: Any, attempt: int) -> None:
-        """What to do about a status that is not 200: wait, ask for less, or give up."""
+        """What to do about a status that is not 200: wait, or give up."""
         status, text = error.status_code, self._safe(error)
         if status in _AGAIN or status >= 500:
             await self._back_off(attempt, _retry_after(error.response.headers), text)
             return
-        if status in (400, 422):
-            for name in ("response_format", "max_tokens", "temperature", "seed"):
-                if name in text and name not in self._unknown:
-                    # First a plainer form of JSON, then none.
-                    first = name == "response_format" and "json_schema" not in self._unknown
-                    self._unknown.add("json_schema" if first else name)
-                    return
         remedy = {
             401: f"check the key in {self._config.api_key_env}",
             403: f"check what the key in {self._config.api_key_env} may do",
