@@ -74,7 +74,7 @@ def teach(
     `data prepare` with --instructions.teacher FOLDER.
     """
     from instructrec_jax import config as configs
-    from instructrec_jax.errors import ConfigError, did_you_mean
+    from instructrec_jax.errors import ConfigError, UserError, did_you_mean
     from instructrec_jax.teach import KINDS, rejection_rows
     from instructrec_jax.teach import teach as run
 
@@ -99,9 +99,19 @@ def teach(
         f"of {outcome.asked:,} texts: kept {kept}; refused {outcome.refused.total():,}; unanswered {outcome.unanswered:,}; "
         f"nothing to write from {outcome.without_evidence:,}. Spent on this folder: {outcome.spent}"
     )
+    if outcome.trouble:
+        click.echo(f"trouble: {outcome.trouble}", err=True)
+    if not outcome.kept and outcome.stopped not in ("", "interrupted"):
+        raise UserError(
+            f"nothing was kept, and {outcome.folder} holds no texts: {outcome.stopped}",
+            remedy="run the command again, later or with a larger budget (it counts all commands on the folder)",
+        )
     if outcome.stopped:
         click.echo(f"stopped: {outcome.stopped}", err=True)
-    click.echo(f"texts: {outcome.folder}; use them: --instructions.teacher {outcome.folder}")
+    if outcome.kept:
+        click.echo(f"texts: {outcome.folder}; use them: --instructions.teacher {outcome.folder}")
+    else:
+        click.echo(f"nothing was kept: {outcome.folder} holds no texts")
     if outcome.stopped == "interrupted":
         sys.exit(130)
 

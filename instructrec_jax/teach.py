@@ -28,6 +28,7 @@ from instructrec_jax.instructions.teacher.answers import Unusable, read
 from instructrec_jax.instructions.teacher.asks import Ask, Evidence, Evidences, asks
 from instructrec_jax.instructions.teacher.budget import Budget, most
 from instructrec_jax.instructions.teacher.cache import Cache, Reply, Usage
+from instructrec_jax.instructions.teacher.endpoint import REMEDY, Endpoint
 from instructrec_jax.instructions.teacher.gates import GATES, Duplicates, Gates, Refused
 from instructrec_jax.instructions.teacher.questions import Refusal, Request, form, request
 from instructrec_jax.instructions.teacher.texts import MANIFEST, REJECTED, TEXTS, Taught, save
@@ -49,6 +50,9 @@ class Meter(Protocol):
 class _Backend(Protocol):
     stopped: str
 
+    @property
+    def trouble(self) -> str: ...
+
     def answer(self, requests: Iterator[Request], done: Callable[[], None]) -> None: ...
 
 
@@ -68,6 +72,7 @@ class Outcome:
     unanswered: int = 0
     without_evidence: int = 0
     stopped: str = ""  # why it ended early; "" = everything was asked
+    trouble: str = ""  # what went wrong on the way to answers
     spent: str = ""
 
 
@@ -95,7 +100,7 @@ def teach(
         meter: makes the progress display.
 
     Raises:
-        UserError: another command works on the folder; a library or a model is missing; the endpoint refuses.
+        UserError: another command works on the folder; a library or a model is missing; the endpoint refuses, or answers nothing.
         ConfigError: settings that do not fit together.
         DataError: bad input.
     """
@@ -158,6 +163,9 @@ class _Lesson:
             todo = again
             if not todo or outcome.stopped or isinstance(backend, _Rules):
                 break
+        outcome.trouble = backend.trouble
+        if outcome.trouble and not outcome.stopped and not passed and not refused:
+            raise UserError(f"nothing was answered. {outcome.trouble}", remedy=REMEDY)
         self._write(outcome, wanted, passed, refused)
         self.cache.close()
         return outcome
@@ -168,8 +176,6 @@ class _Lesson:
             return _Rules()
         if t.backend == "local":
             return _Local(t, self.cache, self.budget, self._owner, self.say)
-        from instructrec_jax.instructions.teacher.endpoint import Endpoint
-
         return Endpoint(t, self.cache, self.budget, self._owner)
 
     def _owner(self, user: int) -> str:
@@ -292,7 +298,7 @@ def _data(config: Config) -> SplitData:
 class _Rules:
     """The rules as a teacher: they need no asking."""
 
-    stopped = ""
+    stopped = trouble = ""
 
     def answer(self, requests: Iterator[Request], done: Callable[[], None]) -> None:
         """Nothing to do."""
@@ -307,7 +313,7 @@ class _Local:
         if not config.model:
             raise ConfigError("teacher.model is empty", remedy="a folder, a known name or a hub id, e.g. smollm2-135m")
         self._config, self._cache, self._budget, self._owner, self._say = config, cache, budget, owner, say
-        self.stopped = ""
+        self.stopped = self.trouble = ""
 
     def answer(self, requests: Iterator[Request], done: Callable[[], None]) -> None:
         """Answer every request; see ``Endpoint.answer``."""

@@ -268,10 +268,29 @@ def test_a_request_that_is_refused_for_itself_ends_the_command(source, tmp_path)
 def test_a_dead_endpoint_ends_the_command(source, tmp_path):
     with (
         endpoint(lambda number, body: "status:503 down") as server,
-        pytest.raises(UserError, match="not answered the last 20"),
+        pytest.raises(UserError, match=r"no answer to the last 20 requests.*503.*down"),
     ):
         lesson(settings(source, tmp_path, server.url, concurrency=2))
     assert len(server.bodies) <= 22
+
+
+def test_an_endpoint_that_cannot_be_reached_costs_nothing_and_is_named(source, tmp_path):
+    with endpoint() as server:
+        url = server.url  # nobody listens there any more
+    with pytest.raises(UserError, match="nothing was answered") as error:
+        lesson(settings(source, tmp_path, url, retries=1), limit=3)
+    assert url in error.value.message and "3 given up" in error.value.message
+    assert "connection attempts failed" in error.value.message and "teacher.base_url" in error.value.remedy
+    folder = tmp_path / "prepared" / "set-teacher"
+    assert Cache(folder).spent() == Usage() and not (folder / "texts.parquet").exists()
+
+
+def test_requests_that_are_given_up_are_told_beside_the_texts_of_the_others(source, tmp_path):
+    with endpoint(lambda number, body: "good" if number < 3 else "status:500 boom") as server:
+        outcome = lesson(settings(source, tmp_path, server.url, concurrency=1, retries=1), limit=6)
+    lost = outcome.unanswered
+    assert sum(outcome.kept.values()) == 3 and lost > 0
+    assert f"{lost} requests sent again, {lost} given up; the last error: Error code: 500" in outcome.trouble
 
 
 # --------------------------------------------------------------------------------------------------------------- secret
@@ -301,6 +320,7 @@ def test_the_key_is_sent_and_stands_nowhere(source, tmp_path, capsys, caplog):
     [
         ({"api_key_env": KEY}, "not the name of an environment variable"),
         ({"base_url": "http://me:word@localhost/v1"}, "user name or password"),
+        ({"base_url": "notaurl"}, "does not begin with http:// or https://"),
         ({"model": ""}, "teacher.model is empty"),
         ({"base_url": "", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY is not set"),
         ({"max_money": 1.0}, "both prices are 0"),
@@ -331,6 +351,19 @@ def test_the_budget_in_tokens_is_never_exceeded_and_counts_earlier_commands(sour
         more = lesson(settings(source, tmp_path, server.url, max_tokens_total=room), limit=None)
     assert 120 * len(server.bodies) <= room and max(prompts(server).values()) == 1
     assert sum(more.kept.values()) == len(server.bodies) > sum(outcome.kept.values())
+
+
+def test_a_budget_that_lets_nothing_through_is_an_error_that_recommends_no_texts(source, tmp_path):
+    from click.testing import CliRunner
+
+    from instructrec_jax.cli import cli
+
+    with endpoint() as server:
+        (tmp_path / "c.yaml").write_text(configs.dump(settings(source, tmp_path, server.url, max_tokens_total=10)))
+        done = CliRunner().invoke(cli, ["data", "teach", str(tmp_path / "c.yaml")])
+    assert isinstance(done.exception, UserError)
+    assert "nothing was kept" in done.exception.message and "the budget is used up" in done.exception.message
+    assert "use them" not in done.output and not server.bodies
 
 
 def test_the_budget_in_money(source, tmp_path):

@@ -27,7 +27,10 @@ _AGAIN = (408, 409, 429)  # and 5xx
 _LONGEST_WAIT = 60.0  # seconds of back-off
 _LONGEST_RETRY_AFTER = 900.0  # seconds; an endpoint that asks for more is left for now
 _HOPELESS = 20  # requests in a row without an answer
+# Errors of the HTTP library under the client library, whose name has changed: no connection was made, so nothing was sent.
+_UNSENT = ("ConnectError", "ConnectTimeout", "UnsupportedProtocol")
 _NAME = re.compile(r"[A-Za-z_]\w*")
+REMEDY = "see that the endpoint works (teacher.base_url), then run the command again: nothing that was answered is asked again"
 
 
 class Stopped(Exception):  # noqa: N818 - the end of a budget is no error
@@ -43,7 +46,7 @@ class Endpoint:
 
     Raises:
         UserError: the client library is not installed.
-        ConfigError: no model, no key, or a key where its name belongs.
+        ConfigError: no model, no key, a key where its name belongs, or an address that is none.
     """
 
     def __init__(self, config: TeacherConfig, cache: Cache, budget: Budget, owner: Callable[[int], str]):
@@ -58,6 +61,10 @@ class Endpoint:
         self._openai: Any = openai
         if not config.model:
             raise ConfigError("teacher.model is empty", remedy="name a model that the endpoint serves")
+        if config.base_url and not config.base_url.startswith(("http://", "https://")):
+            raise ConfigError(
+                "teacher.base_url does not begin with http:// or https://", remedy="e.g. http://localhost:8000/v1"
+            )
         if "@" in config.base_url:
             raise ConfigError(
                 "teacher.base_url holds a user name or password", remedy="give the key by the environment"
@@ -73,9 +80,9 @@ class Endpoint:
                 f"the environment variable {config.api_key_env} is not set",
                 remedy=f"export {config.api_key_env}, or set teacher.base_url to a server that needs no key",
             )
-        self.retried = 0  # requests sent again
-        self.failed = 0  # requests given up
         self.stopped = ""  # why no further requests were sent
+        self._retried = self._failed = 0  # requests sent again, and given up
+        self._last_error = ""
         self._silent = 0
         self._not_before = 0.0
         self._unknown: set[str] = set()  # parameters that the endpoint does not take
@@ -89,6 +96,14 @@ class Endpoint:
         """
         if not self.stopped:
             asyncio.run(self._all(requests, done))
+
+    @property
+    def trouble(self) -> str:
+        """What went wrong on the way to answers; "" = nothing."""
+        if not self._last_error:
+            return ""
+        where = self._config.base_url or "the endpoint"
+        return f"{where}: {self._retried:,} requests sent again, {self._failed:,} given up; the last error: {self._last_error}"
 
     async def _all(self, requests: Iterable[Request], done: Callable[[], None]) -> None:
         self._room = asyncio.Condition()
@@ -142,13 +157,16 @@ class Endpoint:
                     continue
                 await self._status(error, attempt)
             except (self._openai.APIError, json.JSONDecodeError, _Broken) as error:
+                if type(error.__cause__).__name__ in _UNSENT:
+                    cost = Usage()
+                    self._cache.release(charge)
                 await self._back_off(attempt, None, self._safe(error))
             finally:
                 self._budget.end(wanted, cost)
                 async with self._room:
                     self._room.notify_all()
             attempt += 1
-        self.failed += 1
+        self._failed += 1
 
     async def _send(self, request: Request, wanted: Usage) -> Reply:
         config = self._config
@@ -211,20 +229,19 @@ class Endpoint:
 
     async def _back_off(self, attempt: int, asked: float | None, why: str) -> None:
         self._silent += 1
+        self._last_error = why
         if self._silent >= max(_HOPELESS, 2 * self._config.concurrency):
-            raise UserError(
-                f"the endpoint has not answered the last {self._silent} requests; the last one: {why}",
-                remedy="see that it works, then run the command again: nothing that was answered is asked again",
-            )
+            raise UserError(f"no answer to the last {self._silent} requests. {self.trouble}", remedy=REMEDY)
         if attempt >= self._config.retries:
             return
-        self.retried += 1
         loop = asyncio.get_running_loop()
         if asked is not None:
             if asked > _LONGEST_RETRY_AFTER:
                 raise Stopped(f"the endpoint asks to come back in {asked:.0f} s")
+            self._retried += 1
             self._not_before = max(self._not_before, loop.time() + asked)  # for every worker
             return
+        self._retried += 1
         wait = min(_LONGEST_WAIT, self._config.backoff * 2**attempt)
         await asyncio.sleep(wait * self._random.uniform(0.5, 1.0))
 
@@ -246,8 +263,10 @@ class Endpoint:
             self._budget.begin(wanted)
 
     def _safe(self, error: Exception) -> str:
-        """An error's text without the key, and not longer than a line or two."""
+        """An error's text and its cause's, without the key, and not longer than a line or two."""
         text = " ".join(str(error).split()) or type(error).__name__
+        if error.__cause__ is not None and (cause := " ".join(str(error.__cause__).split())):
+            text = f"{text} ({cause})"  # "Connection error." says little
         return (text.replace(self._key, "***") if self._key else text)[:300]
 
 
