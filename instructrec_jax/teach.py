@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from instructrec_jax.config import Config, TeacherConfig
+from instructrec_jax.config import Config
 from instructrec_jax.data import sources
 from instructrec_jax.data.cleaning import clean
 from instructrec_jax.data.schema import SplitData
@@ -26,17 +26,17 @@ from instructrec_jax.files import sha256, write_atomic, write_json
 from instructrec_jax.instructions.build import Builder
 from instructrec_jax.instructions.teacher.answers import Unusable, read
 from instructrec_jax.instructions.teacher.asks import Ask, Evidence, Evidences, asks
-from instructrec_jax.instructions.teacher.budget import Budget, most
-from instructrec_jax.instructions.teacher.cache import Cache, Reply, Usage
+from instructrec_jax.instructions.teacher.budget import Budget
+from instructrec_jax.instructions.teacher.cache import Cache
 from instructrec_jax.instructions.teacher.endpoint import REMEDY, Endpoint
 from instructrec_jax.instructions.teacher.gates import GATES, Duplicates, Gates, Refused
+from instructrec_jax.instructions.teacher.local import Local
 from instructrec_jax.instructions.teacher.questions import Refusal, Request, form, request
 from instructrec_jax.instructions.teacher.texts import MANIFEST, REJECTED, TEXTS, Taught, save
 from instructrec_jax.prepare import load
 
 Say = Callable[[str], None]
 KINDS = ("preference", "intention")
-_BATCH = 64  # prompts that a local model gets at one time; they are stored together
 
 
 class Meter(Protocol):
@@ -175,7 +175,7 @@ class _Lesson:
         if t.backend == "rules":
             return _Rules()
         if t.backend == "local":
-            return _Local(t, self.cache, self.budget, self._owner, self.say)
+            return Local(t, self.cache, self.budget, self._owner)
         return Endpoint(t, self.cache, self.budget, self._owner)
 
     def _owner(self, user: int) -> str:
@@ -302,55 +302,6 @@ class _Rules:
 
     def answer(self, requests: Iterator[Request], done: Callable[[], None]) -> None:
         """Nothing to do."""
-
-
-class _Local:
-    """A model of ours, by our own generation, in batches that are stored as they come."""
-
-    def __init__(
-        self, config: TeacherConfig, cache: Cache, budget: Budget, owner: Callable[[int], str], say: Say
-    ) -> None:
-        if not config.model:
-            raise ConfigError("teacher.model is empty", remedy="a folder, a known name or a hub id, e.g. smollm2-135m")
-        self._config, self._cache, self._budget, self._owner, self._say = config, cache, budget, owner, say
-        self.stopped = self.trouble = ""
-
-    def answer(self, requests: Iterator[Request], done: Callable[[], None]) -> None:
-        """Answer every request; see ``Endpoint.answer``."""
-        first = next(requests, None)
-        if first is None or self.stopped:
-            return
-        from instructrec_jax.generate import loaded
-
-        with loaded(self._config.model) as generator:
-            batch = [first, *islice(requests, _BATCH - 1)]
-            while batch and not self.stopped:
-                self._batch(generator, batch, done)
-                batch = list(islice(requests, _BATCH))
-
-    def _batch(self, generator: Any, batch: list[Request], done: Callable[[], None]) -> None:
-        from instructrec_jax.models.generate import Decoding
-
-        config = self._config
-        taken = []
-        for one in batch:
-            wanted = most(one.prompt, config.max_output_tokens)
-            if not self._budget.fits(wanted):
-                self.stopped = f"the budget is used up: {self._budget}, and the next request may take {wanted.total:,}"
-                break
-            self._budget.begin(wanted)
-            taken.append((one, wanted, self._cache.begin(wanted)))
-        if not taken:
-            return
-        decoding = Decoding(max_new=config.max_output_tokens, temperature=config.temperature)
-        seed = int(taken[0][0].key[:7], 16) ^ config.seed
-        answers = generator.answers([one.prompt for one, _, _ in taken], decoding, seed=seed)
-        for (one, wanted, charge), answer in zip(taken, answers, strict=True):
-            used = Usage(generator.length(one.prompt), len(answer.tokens))
-            cut = len(answer.tokens) >= config.max_output_tokens
-            self._cache.put(one.key, Reply(answer.text, used, cut), charge, self._owner(one.user))
-            self._budget.end(wanted, used)
-            done()
 
 
 def rejection_rows(outcome: Outcome) -> list[tuple[str, str, int, int]]:
