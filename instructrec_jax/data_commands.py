@@ -101,14 +101,24 @@ def teach(
     )
     if outcome.trouble:
         click.echo(f"trouble: {outcome.trouble}", err=True)
-    if not outcome.kept and outcome.stopped not in ("", "interrupted"):
+    if outcome.earlier:
+        more = ", ".join(f"{n:,} {kind}s" for kind, n in outcome.earlier.items())
+        click.echo(f"kept beside them, of earlier commands under the same settings: {more}")
+    if outcome.left_out:
+        click.echo(
+            f"left out: {outcome.left_out:,} texts of earlier commands; another model, other settings or other data wrote them, or a "
+            "gate refuses them now",
+            err=True,
+        )
+    texts = outcome.kept.total() + outcome.earlier.total()
+    if not texts and outcome.stopped not in ("", "interrupted"):
         raise UserError(
             f"nothing was kept, and {outcome.folder} holds no texts: {outcome.stopped}",
             remedy="run the command again, later or with a larger budget (it counts all commands on the folder)",
         )
     if outcome.stopped:
         click.echo(f"stopped: {outcome.stopped}", err=True)
-    if outcome.kept:
+    if texts:
         click.echo(f"texts: {outcome.folder}; use them: --instructions.teacher {outcome.folder}")
     else:
         click.echo(f"nothing was kept: {outcome.folder} holds no texts")

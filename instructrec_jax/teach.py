@@ -1,7 +1,8 @@
 """``instructrec data teach``: ask a teacher for every text that a data set's instructions need, judge the answers, keep what passes.
 
-What is written depends on the cache alone: the command goes over all places, takes each answer from the cache or asks for it, and writes
-its files at the end. So it may be stopped, killed or limited by a budget at any time, and run again.
+What is written depends on the cache and the settings alone: the command goes over all places, takes each answer from the cache or, where
+it is to ask, asks for it, and writes its files at the end. So it may be stopped, killed or limited by a budget at any time, and run again;
+several commands, for one kind each or with other limits, write together what one would.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from instructrec_jax.instructions.teacher.endpoint import REMEDY, Endpoint
 from instructrec_jax.instructions.teacher.gates import GATES, Duplicates, Gates, Refused
 from instructrec_jax.instructions.teacher.local import Local
 from instructrec_jax.instructions.teacher.questions import Refusal, Request, form, request
-from instructrec_jax.instructions.teacher.texts import MANIFEST, REJECTED, TEXTS, Taught, save
+from instructrec_jax.instructions.teacher.texts import MANIFEST, REJECTED, TEXTS, Taught, contents, save
 from instructrec_jax.prepare import load
 
 Say = Callable[[str], None]
@@ -67,6 +68,10 @@ class Outcome:
     folder: Path
     asked: int = 0
     kept: Counter[str] = field(default_factory=Counter)  # by kind
+    earlier: Counter[str] = field(
+        default_factory=Counter
+    )  # by kind: not asked for now, but answered earlier under the same settings
+    left_out: int = 0  # texts that were there and are no more: another model, settings or data wrote them, or a gate refuses them now
     refused: Counter[str] = field(default_factory=Counter)  # by "kind: gate"
     first_refused: Counter[str] = field(default_factory=Counter)
     unanswered: int = 0
@@ -135,17 +140,22 @@ class _Lesson:
     def run(self, kinds: Sequence[str], limit: int | None) -> Outcome:
         """Ask round after round (an answer that a gate refuses is asked for again), then write the files."""
         self.say("  places of the training instructions")
-        wanted = list(islice(asks(self.data, self.builder, kinds, self.teacher.seed), limit))
+        places = asks(self.data, self.builder, KINDS, self.teacher.seed)
+        wanted = set(islice((ask for ask in places if ask.kind in kinds), limit))
         outcome = Outcome(self.folder, asked=len(wanted))
         backend = self._backend()
+        answered = set() if isinstance(backend, _Rules) else self.cache.owners()
+        places = [ask for ask in places if ask in wanted or self._owner(ask.user) in answered]
         passed: dict[Ask, str] = {}
         refused: dict[Ask, tuple[Refused, str]] = {}
         before: dict[Ask, Refusal] = {}
-        todo = wanted
+        todo = places
         for turn in range(self.teacher.repairs + 1):
+            mine = [ask for ask in todo if ask in wanted]
             try:
-                self._ask(backend, todo, before, turn)
-                outcome.stopped = backend.stopped
+                if mine and not outcome.stopped:
+                    self._ask(backend, mine, before, turn)
+                    outcome.stopped = backend.stopped
             except KeyboardInterrupt:
                 outcome.stopped = "interrupted"
             again = []
@@ -156,17 +166,19 @@ class _Lesson:
                     refused.pop(ask, None)
                 elif found is not None:
                     why, said = refused[ask] = found
-                    if turn == 0:
+                    if turn == 0 and ask in wanted:
                         outcome.first_refused[f"{ask.kind}: {why.gate}"] += 1
                     before[ask] = Refusal(said, why.complaint)
                     again.append(ask)
             todo = again
-            if not todo or outcome.stopped or isinstance(backend, _Rules):
+            if not todo or isinstance(
+                backend, _Rules
+            ):  # else even where it stopped: the cache may hold what was asked again
                 break
         outcome.trouble = backend.trouble
-        if outcome.trouble and not outcome.stopped and not passed and not refused:
+        if outcome.trouble and not outcome.stopped and wanted.isdisjoint((*passed, *refused)):
             raise UserError(f"nothing was answered. {outcome.trouble}", remedy=REMEDY)
-        self._write(outcome, wanted, passed, refused)
+        self._write(outcome, places, wanted, passed, refused)
         self.cache.close()
         return outcome
 
@@ -231,14 +243,19 @@ class _Lesson:
         return words.intention("I1", ask.item, 0, 0, ask.language)
 
     def _write(
-        self, outcome: Outcome, wanted: Sequence[Ask], passed: dict[Ask, str], refused: dict[Ask, tuple[Refused, str]]
+        self,
+        outcome: Outcome,
+        places: Sequence[Ask],
+        wanted: set[Ask],
+        passed: dict[Ask, str],
+        refused: dict[Ask, tuple[Refused, str]],
     ) -> None:
         kept: list[Taught] = []
         lost: list[str] = []
-        for ask in wanted:
+        for ask in places:
             evidence = self.evidences.of(ask)
             if evidence is None:
-                outcome.without_evidence += 1
+                outcome.without_evidence += ask in wanted
                 continue
             text, why = passed.get(ask), None
             if text is not None:
@@ -246,16 +263,18 @@ class _Lesson:
             elif ask in refused:
                 why, text = refused[ask]
             else:
-                outcome.unanswered += 1
+                outcome.unanswered += ask in wanted
                 continue
             taught = self._taught(ask, evidence, text)
             if why is None:
-                outcome.kept[ask.kind] += 1
+                (outcome.kept if ask in wanted else outcome.earlier)[ask.kind] += 1
                 kept.append(taught)
                 continue
-            outcome.refused[f"{ask.kind}: {why.gate}"] += 1
+            if ask in wanted:
+                outcome.refused[f"{ask.kind}: {why.gate}"] += 1
             row = {"gate": why.gate, "complaint": why.complaint, **vars(taught)}
             lost.append(json.dumps(row, ensure_ascii=False))
+        outcome.left_out = len(contents(self.folder / TEXTS).difference(t.content for t in kept))
         outcome.spent = str(self.budget)
         (self.folder / MANIFEST).unlink(missing_ok=True)  # no manifest beside other texts, at any moment
         save(kept, self.folder / TEXTS, self.teacher.history_items)
@@ -268,6 +287,7 @@ class _Lesson:
                 "model": self.teacher.model,
                 "asked": outcome.asked,
                 "kept": dict(outcome.kept),
+                "earlier": dict(outcome.earlier),
                 "refused": dict(outcome.refused),
                 "first_refused": dict(outcome.first_refused),
                 "unanswered": outcome.unanswered,

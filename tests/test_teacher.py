@@ -429,6 +429,38 @@ def test_killed_and_run_again_pays_nothing_twice(source, tmp_path):
     assert spent >= 120 * (asked + len(repeated))
 
 
+def test_several_commands_write_together_what_one_would(source, tmp_path):
+    def script(
+        number: int, body: dict[str, Any]
+    ) -> str:  # first answers about War are mended when they are asked for again
+        prompt = body["messages"][0]["content"]
+        return "good" if "War" not in prompt or "Your last answer was" in prompt else "say:no idea"
+
+    with endpoint(script) as server:
+        config = settings(source, tmp_path, server.url)
+        both = lesson(config)
+        assert both.kept["preference"] and both.kept["intention"] and both.first_refused
+        names = ("texts.parquet", "rejected.jsonl")
+        before = [(both.folder / name).read_bytes() for name in names]
+        for how in ({"limit": 3}, {"limit": 1, "kinds": ("preference",)}, {"limit": 1, "kinds": ("intention",)}):
+            again = lesson(config, **how)
+            assert [(both.folder / name).read_bytes() for name in names] == before and not again.left_out
+            assert again.kept + again.earlier == both.kept and again.kept.total() <= how["limit"]
+        # Nor do they leave where the budget stops a larger command before anything is asked again.
+        none_left = lesson(settings(source, tmp_path, server.url, max_tokens_total=1), limit=None)
+        assert none_left.stopped and none_left.kept == both.kept
+        assert (both.folder / "texts.parquet").read_bytes() == before[0]
+        lesson(config, out=tmp_path / "b", kinds=("intention",), limit=None)
+        lesson(config, out=tmp_path / "b", kinds=("preference",), limit=None)
+        whole = lesson(config, limit=None)
+        for name in names:
+            assert (tmp_path / "b" / name).read_bytes() == (whole.folder / name).read_bytes()
+        other = lesson(settings(source, tmp_path, server.url, model="other"), limit=2)
+        assert other.left_out == whole.kept.total() - other.kept.total() and not other.earlier
+        back = lesson(config, limit=1)
+        assert back.kept + back.earlier == whole.kept
+
+
 def test_two_commands_on_one_folder(source, tmp_path):
     from filelock import FileLock
 

@@ -74,6 +74,10 @@ class Cache:
         row = self._db.execute("SELECT text, prompt, answer, cut FROM answers WHERE key = ?", (key,)).fetchone()
         return None if row is None else Reply(row[0], Usage(row[1], row[2]), bool(row[3]))
 
+    def owners(self) -> set[str]:
+        """Users from whose events something was asked; "" among them where it was asked about an item."""
+        return {row[0] for row in self._db.execute("SELECT DISTINCT owner FROM answers")}
+
     def begin(self, most: Usage) -> int:
         """Note that a request goes out which costs at most this much; gives the number of its charge."""
         row = self._db.execute(

@@ -7,6 +7,7 @@ ratings have changed, or belong to somebody else, it does not apply, and the rul
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -69,6 +70,13 @@ def read(file: str | Path) -> tuple[list[Taught], int]:
         return rows, int(table.schema.metadata[b"history_items"])
     except (pa.ArrowInvalid, OSError, TypeError, KeyError) as error:
         raise DataError(f"not a file of taught texts: {error}", file=file, remedy=_AGAIN) from error
+
+
+def contents(file: str | Path) -> set[str]:
+    """What the texts of a file were written from, as hashes; none of a file that is missing or damaged, which is to be replaced."""
+    with contextlib.suppress(DataError):
+        return {t.content for t in read(file)[0]}
+    return set()
 
 
 def verified(folder: str | Path) -> Path:
