@@ -186,11 +186,15 @@ def forget(config: str, user_id: str, overrides: tuple[str, ...]) -> None:
     click.echo(
         "unchanged: item features and tokeniser (sums over all users), and the source: remove the user there too"
     )
+    for folder in gone.folders:
+        click.echo(
+            f"holds the user, too: {folder}; forget them with its own config, or prepare it again once this is done (a mixture)"
+        )
     for seen in gone.runs:
         steps = ", ".join(seen.checkpoints) or "none"
         click.echo(f"has seen the user: {seen.run} (checkpoints: {steps}); train it anew, or remove it")
     if not gone.runs:
-        click.echo(f"no run under {settings.runs} was trained on these data")
+        click.echo(f"no run under {settings.runs} was trained on this log")
 
 
 @click.command("inspect", context_settings={**OVERRIDES, "show_default": True}, epilog=OVERRIDES_HELP)

@@ -1,11 +1,12 @@
 """``instructrec data forget``: a prepared data set without one user, and the runs that have seen them.
 
 The user keeps an index without events and without a name, so that everybody else's indices, records (if in another order on disk) and
-frozen negatives stay what they are. What goes: their events, features, tags and instruction records; records of other people whose
-wish was worded by a tag that nobody else gave that item; texts that a teacher wrote from their events or from such tags, and its
+frozen negatives stay what they are. What goes: their events, features, tags and instruction records; records of other people that
+say a wish in a tag that nobody else gave that item; texts that a teacher wrote from their events or from such tags, and its
 cached answers; tuned baselines of these data.
 
-What stays: the item features and the tokeniser, which are sums over everybody, and the weights of runs. Those are listed.
+What stays: the item features and the tokeniser, which are sums over everybody, the weights of runs, and what else was prepared from
+the same log. Runs and folders are listed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from instructrec_jax.config import Config
 from instructrec_jax.data import records, store
 from instructrec_jax.data.privacy import user_keys
 from instructrec_jax.data.schema import SplitData
-from instructrec_jax.errors import ConfigError, UserError
+from instructrec_jax.errors import ConfigError, DataError, UserError
 from instructrec_jax.files import read_json, sha256, write_atomic, write_json
 from instructrec_jax.instructions.example import InstructionExample
 from instructrec_jax.instructions.packs import clean_text
@@ -44,7 +45,7 @@ _AGAIN = "run `instructrec data prepare CONFIG` again"
 
 @dataclass(frozen=True)
 class Seen:
-    """A run that was trained on data with the user in it."""
+    """A run that was trained on a log with the user in it."""
 
     run: Path
     checkpoints: tuple[str, ...]  # steps
@@ -62,6 +63,7 @@ class Forgotten:
     answers: int  # cached answers of a teacher
     baselines: tuple[str, ...]  # tuned ones, removed whole
     runs: tuple[Seen, ...]
+    folders: tuple[Path, ...]  # other prepared data sets that hold the user
 
 
 def forget(config: Config, user_id: str) -> Forgotten:
@@ -113,6 +115,7 @@ def forget(config: Config, user_id: str) -> Forgotten:
         answers=answers,
         baselines=tuned,
         runs=runs_that_saw(config),
+        folders=others_with(config, prepared, index),
     )
 
 
@@ -150,16 +153,50 @@ def without_user(data: SplitData, index: int) -> SplitData:
 
 
 def runs_that_saw(config: Config) -> tuple[Seen, ...]:
-    """Runs under ``config.runs`` that were trained on this prepared data set, with their checkpoints."""
+    """Runs under ``config.runs`` that were trained on the same log, alone or in a mixture, with their checkpoints.
+
+    Other instructions or another split of it (``instructrec refit``) have the user's events as well.
+    """
     found = []
     for file in sorted(Path(config.runs).glob("*/config.yaml")):
         try:
-            same = configs.load(file).data_hash() == config.data_hash()
-        except ConfigError:  # of another version: it cannot be ruled out
+            run = configs.load(file)
+            same = any(_log(member) == _log(config) for member in (run.members() if run.mixture else [run]))
+        except ConfigError:  # of another version, or a set's config is gone: it cannot be ruled out
             same = True
         if same:
             steps = sorted((p.name for p in (file.parent / "checkpoints").glob("*") if p.name.isdigit()), key=int)
             found.append(Seen(file.parent, tuple(steps)))
+    return tuple(found)
+
+
+def _log(config: Config) -> tuple[str, ...]:
+    """What tells one log from another."""
+    data = config.data
+    return data.source, str(Path(data.path).resolve()), data.interactions
+
+
+def others_with(config: Config, prepared: Prepared, index: int) -> tuple[Path, ...]:
+    """Other prepared data sets beside this one that hold its user ``index``: of that id, alone or in a mixture, with one of their items.
+
+    Ids that another set hashes with another secret are not known here.
+    """
+    own = prepared.data
+    name, items = own.user_ids[index], {own.catalogue.item_ids[i] for i in own.history(index).tolist()}
+    found = []
+    for file in sorted(prepared.folder.parent.glob("*/manifest.json")):
+        if file.parent == prepared.folder:
+            continue
+        try:
+            other = store.load_split(file.parent / "data")
+        except (DataError, OSError):  # no prepared data set, or a damaged one, which nothing reads
+            continue
+        for prefix in ("", f"{config.name}:"):  # as a mixture names its sets' ids
+            if prefix + name in other.user_ids:
+                user = other.user_ids.index(prefix + name)
+                shown = {other.catalogue.item_ids[i] for i in other.history(user).tolist()}
+                if not shown.isdisjoint({prefix + item for item in items}):
+                    found.append(file.parent)
     return tuple(found)
 
 
@@ -221,6 +258,7 @@ class _Kept:
         self, source: records.Records, own_tags: dict[int, list[str]], index: int, left_out: list[int]
     ) -> None:
         self._source, self._own_tags, self._index, self._left_out = source, own_tags, index, left_out
+        self._all_tags = sorted({tag for tags in own_tags.values() for tag in tags})
         self.expected = len(source)
 
     def __call__(self) -> Iterator[InstructionExample]:
@@ -229,19 +267,26 @@ class _Kept:
             example = self._source[number]
             if example.user == self._index:
                 self._left_out[0] += 1
-            elif example.intention == "I1" and any(
-                tag in example.prompt.lower() for tag in self._own_tags.get(example.target, ())
-            ):
+            elif example.intention == "I1" and self._tells(example):
                 self._left_out[1] += 1
             else:
                 yield example
+
+    def _tells(self, example: InstructionExample) -> bool:
+        """Whether a wish is told in a tag of the user's own.
+
+        Widenings answer with a wish, and have no target to look up where the prompt tells the item: any item's tag is the user's then.
+        """
+        said = f"{example.prompt}\n{example.answer}".lower()
+        tags = self._own_tags.get(example.target, ()) if example.target >= 0 else self._all_tags
+        return any(tag in said for tag in tags)
 
 
 def _own_tags(data: SplitData, index: int) -> dict[int, list[str]]:
     """Item -> tags, lower case, that this user gave it and nobody else did."""
     own, others = set(), set()
     for user, item, tag in data.tags:
-        (own if user == index else others).add((item, tag.lower()))
+        (own if user == index else others).add((item, clean_text(tag).lower()))
     out: dict[int, list[str]] = {}
     for item, tag in sorted(own - others):
         out.setdefault(item, []).append(tag)

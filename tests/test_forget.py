@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +28,6 @@ NAMES = [f"person-{u:02d}-q" for u in range(12)]
 
 def write_named(folder: Path) -> Path:
     """As ``write_folder``, with telling user ids and tags; only person 3 calls item 4 "zebra striped"."""
-    import csv
-
     write_folder(folder)
     for name in ("interactions", "users"):
         with (folder / f"{name}.csv").open(newline="") as file:
@@ -124,15 +124,53 @@ def test_a_user_is_gone_and_the_others_are_as_before(original, tmp_path):
 
 def test_runs_that_saw_the_user_are_listed(original, tmp_path):
     config = configs.from_dict({**configs.to_dict(config_in(original)), "runs": str(tmp_path)})
-    other = configs.from_dict({**configs.to_dict(config), "instructions": {"seed": 5}})
-    for name, settings in (("same", config), ("other", other)):
+    seed = configs.from_dict({**configs.to_dict(config), "instructions": {"seed": 5}})
+    other = replace(config, data=replace(config.data, path=str(tmp_path / "another log")))
+    (tmp_path / "set.yaml").write_text(configs.dump(config))
+    mixture = configs.from_dict({"name": "mix", "mixture": {str(tmp_path / "set.yaml"): 1.0}})
+    split = replace(config, data=replace(config.data, split=replace(config.data.split, learn_valid=True)))
+    for name, settings in (("same", config), ("seed", seed), ("other", other), ("mix", mixture), ("refit", split)):
         (tmp_path / name / "checkpoints" / "20").mkdir(parents=True)
         (tmp_path / name / "checkpoints" / "100").mkdir()
         (tmp_path / name / "config.yaml").write_text(configs.dump(settings))
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.yaml").write_text("no_such_key: 1\n")
     seen = runs_that_saw(config)
-    assert [(s.run.name, s.checkpoints) for s in seen] == [("old", ()), ("same", ("20", "100"))]
+    names = ("mix", "old", "refit", "same", "seed")
+    assert [(s.run.name, s.checkpoints) for s in seen] == [(n, () if n == "old" else ("20", "100")) for n in names]
+
+
+def test_other_folders_that_hold_the_user_are_listed(original, tmp_path):
+    shutil.copytree(original / "prepared", tmp_path / "prepared")
+    config = configs.from_dict({**configs.to_dict(config_in(original)), "prepared": str(tmp_path / "prepared")})
+    (tmp_path / "set.yaml").write_text(configs.dump(config))
+    mixture = {"name": "mix", "prepared": str(tmp_path / "prepared"), "mixture": {str(tmp_path / "set.yaml"): 1.0}}
+    mixed = prepare.prepare(configs.from_dict({**mixture, "model": {"vocab_size": 300}}), silent).folder
+    write_named(tmp_path / "stranger")  # the same user ids, but other items
+    for name in ("interactions", "items", "tags"):
+        with (tmp_path / "stranger" / f"{name}.csv").open(newline="") as file:
+            header, *rows = list(csv.reader(file))
+        at = header.index("item_id")
+        write_csv(Path(file.name), header, [(*r[:at], f"other-{r[at]}", *r[at + 1 :]) for r in rows])
+    stranger = replace(config, name="stranger", data=replace(config.data, path=str(tmp_path / "stranger")))
+    prepare.prepare(stranger, silent)
+    again = replace(config, name="again", instructions=replace(config.instructions, seed=3))
+    prepare.prepare(again, silent)
+    gone = forget(config, NAMES[3])
+    assert gone.folders == (again.prepared_dir, mixed)
+
+
+def test_words_of_the_user_leave_every_family(tmp_path):
+    """Widenings answer with a wish, and some have no target by which it could be looked up."""
+    write_named(tmp_path / "data")
+    families = dict.fromkeys(("turn_around", "relatedness", "reasoning", "rerank_more", "pointwise_more"), 20.0)
+    config = config_of(tmp_path, instructions={"search": 3.0, **families})
+    prepare.prepare(config, silent)
+    before = [e for e in of(config) if "zebra" in (e.prompt + e.answer).lower() and e.user != 3]
+    assert any(e.target < 0 for e in before) and any("zebra" in e.answer.lower() for e in before)
+    gone = forget(config, NAMES[3])
+    assert not [e for e in of(config) if "zebra" in (e.prompt + e.answer).lower()]
+    assert gone.worded_by == len(before)
 
 
 def test_damaged_or_absent_data_are_left_alone(original, tmp_path):
