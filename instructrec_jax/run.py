@@ -17,7 +17,7 @@ from instructrec_jax import config as configs
 from instructrec_jax import fit_memory as memories
 from instructrec_jax import fit_new_items as new_items
 from instructrec_jax import fit_words as wishes
-from instructrec_jax import prepare
+from instructrec_jax import learnt_from, prepare
 from instructrec_jax.config import Config
 from instructrec_jax.data.loader import training_iterator
 from instructrec_jax.data.mixture import Space
@@ -35,7 +35,7 @@ from instructrec_jax.models.new_items import with_new_items
 from instructrec_jax.models.sharding import RULES, check_divides, padded, put
 from instructrec_jax.scoring import Scorer
 from instructrec_jax.training import hosts
-from instructrec_jax.training.checkpoint import METRIC, Checkpoints
+from instructrec_jax.training.checkpoint import METRIC, Checkpoints, check_writable
 from instructrec_jax.training.goodput import Ledger
 from instructrec_jax.training.loop import Finished, train
 from instructrec_jax.training.mesh import data_slice, make_mesh
@@ -268,6 +268,10 @@ def train_run(config: Config, run_dir: Path, say: Say) -> Finished:
                 memories.check_memory(config.model.item_memory, s.by_items, part.prepared.data.num_items)
         wishes.check_words(config.model.wish_words, s.by_items)
         validations = [Validation(part) for part in learning if not part.config.data.split.learn_valid]
+        learnt_from.check(run_dir, s.prepared)
+        check_writable(run_dir, 0)
+        if hosts.first():
+            learnt_from.keep(run_dir, s.prepared)
         trained_params, frozen = s.start()
 
         def validate(params: Any, leave: Callable[[], None]) -> dict[str, float]:
@@ -371,6 +375,7 @@ def trained(run_dir: str | Path, overrides: tuple[str, ...] = ()) -> Iterator[tu
         )
     config = configs.load(run_dir / "config.yaml", overrides)
     with session(config) as bare:
+        learnt_from.check(run_dir, bare.prepared)
         s = dataclasses.replace(bare, run_dir=run_dir)
         params, step = best_params(s, run_dir)
         yield s, params, step
