@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from instructrec_jax import config as configs
-from instructrec_jax import prepare, run
+from instructrec_jax import learnt_from, prepare, run
 from instructrec_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from instructrec_jax.errors import ConfigError, UserError
 from instructrec_jax.models import architecture
@@ -165,6 +165,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(prepared: Path, tmp_path: Path
     resumed: list[str] = []
     finished = run.train_run(config, tmp_path / "killed", resumed.append)
     assert any("resumed from step" in line for line in resumed), resumed
+    assert (tmp_path / "killed" / learnt_from.FILE).is_file()
     assert finished.step == config.train.steps
 
     whole, killed = (trained_params(config, tmp_path / name, config.train.steps) for name in ("whole", "killed"))
