@@ -101,6 +101,15 @@ def test_paired_test_level_and_power():
     assert better.p < 0.001 and better.low > 0
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.02, 0.05])
+def test_paired_test_of_many_users_is_the_limit_of_the_sampled_one(shift, monkeypatch):
+    rng = np.random.default_rng(5)
+    a, b = rng.choice([0.0, 0.4, 0.6, 1.0], (2, 1500))
+    sampled = intervals.paired_test(a + shift, b)
+    monkeypatch.setattr(intervals, "_MANY", 1000)
+    assert intervals.paired_test(a + shift, b).p == pytest.approx(sampled.p, abs=0.015)
+
+
 def test_paired_test_wants_the_same_cases():
     with pytest.raises(UserError, match=r"\(3,\) and \(4,\)"):
         intervals.paired_test(np.zeros(3), np.zeros(4))

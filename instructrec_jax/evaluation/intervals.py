@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from instructrec_jax.errors import UserError
 
+_MANY = 5_000  # differing users from which on the null distribution is as good as normal
 _BATCH_NUMBERS = 8_000_000  # numbers in one batch of resamples: 64 MB
 
 
@@ -134,7 +135,8 @@ def paired_test(
 
     Null hypothesis: for each user it is a coin toss which system gets which value, so the sign of each difference
     is random (Fisher's randomisation test; Smucker, Allan and Carterette, CIKM 2007). Two-sided; with few differing
-    users all sign patterns are enumerated and p is exact.
+    users all sign patterns are enumerated and p is exact; with thousands the distribution is taken for normal, as the central limit
+    theorem has it (to sample it takes 6 s for 10,000 users).
 
     Raises:
         UserError: the two have different numbers of cases.
@@ -152,6 +154,12 @@ def paired_test(
         return PairedTest(interval.mean, interval.low, interval.high, 1.0, len(difference), 0)
     if len(changed) == 1:
         p = 1.0  # two sign patterns, both as extreme as the one seen
+    elif len(changed) > _MANY:
+        from scipy import stats
+
+        p = 2 * stats.norm.sf(
+            abs(changed.sum()) / np.sqrt((changed**2).sum())
+        )  # of random signs, the variance is known
     else:
         from scipy import stats
 
