@@ -283,10 +283,11 @@ class _Kept:
 
 
 def _own_tags(data: SplitData, index: int) -> dict[int, list[str]]:
-    """Item -> tags, lower case, that this user gave it and nobody else did."""
+    """Item -> tags, as prompts say them, that this user gave it and nobody else did."""
     own, others = set(), set()
     for user, item, tag in data.tags:
-        (own if user == index else others).add((item, clean_text(tag).lower()))
+        if said := clean_text(tag).lower():
+            (own if user == index else others).add((item, said))
     out: dict[int, list[str]] = {}
     for item, tag in sorted(own - others):
         out.setdefault(item, []).append(tag)

@@ -68,9 +68,7 @@ class Outcome:
     folder: Path
     asked: int = 0
     kept: Counter[str] = field(default_factory=Counter)  # by kind
-    earlier: Counter[str] = field(
-        default_factory=Counter
-    )  # by kind: not asked for now, but answered earlier under the same settings
+    earlier: Counter[str] = field(default_factory=Counter)  # by kind: of earlier commands under the same settings
     left_out: int = 0  # texts that were there and are no more: another model, settings or data wrote them, or a gate refuses them now
     refused: Counter[str] = field(default_factory=Counter)  # by "kind: gate"
     first_refused: Counter[str] = field(default_factory=Counter)
@@ -171,9 +169,8 @@ class _Lesson:
                     before[ask] = Refusal(said, why.complaint)
                     again.append(ask)
             todo = again
-            if not todo or isinstance(
-                backend, _Rules
-            ):  # else even where it stopped: the cache may hold what was asked again
+            # Go on even where the back end has stopped: the cache may hold what was asked again. Rules say the same every time.
+            if not todo or isinstance(backend, _Rules):
                 break
         outcome.trouble = backend.trouble
         if outcome.trouble and not outcome.stopped and wanted.isdisjoint((*passed, *refused)):

@@ -16,7 +16,7 @@ from instructrec_jax import config as configs
 from instructrec_jax.config import Config
 from instructrec_jax.data.records import Records
 from instructrec_jax.errors import DataError, UserError
-from instructrec_jax.forget import forget, runs_that_saw
+from instructrec_jax.forget import _own_tags, forget, runs_that_saw
 from instructrec_jax.instructions.teacher.cache import Cache, Reply, Usage
 from instructrec_jax.instructions.teacher.texts import Taught, read, save
 from instructrec_jax.teach import folder_of
@@ -158,6 +158,12 @@ def test_other_folders_that_hold_the_user_are_listed(original, tmp_path):
     prepare.prepare(again, silent)
     gone = forget(config, NAMES[3])
     assert gone.folders == (again.prepared_dir, mixed)
+
+
+def test_a_tag_that_no_prompt_can_say_is_in_no_prompt(original):
+    """Of nothing but a slot's sign: an empty text, which every other text holds."""
+    data = replace(prepare.load(config_in(original)).data, tags=[(3, 0, "\ufffc"), (3, 1, " Old  West"), (4, 1, "old")])
+    assert _own_tags(data, 3) == {1: ["old west"]}
 
 
 def test_words_of_the_user_leave_every_family(tmp_path):

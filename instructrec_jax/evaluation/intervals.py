@@ -87,6 +87,8 @@ def bootstrap_means(
     All values alike: the interval is that value (a bootstrap cannot know what it has not seen: with n users and no
     hit at all, the true rate may still be as high as 3 / n).
     """
+    from scipy import stats  # takes a second, which no command that trains is to wait for
+
     out: dict[str, Interval] = {}
     together: dict[int, list[tuple[str, np.ndarray]]] = {}
     for name, column in values.items():
@@ -103,8 +105,6 @@ def bootstrap_means(
             out[name] = Interval(mean, mean, mean, n)  # keeps the order of names; limits follow
             together.setdefault(n, []).append((name, column))
     for n, columns in together.items():
-        from scipy import stats  # takes a second, which no command that trains is to wait for
-
         block = np.stack([column for _, column in columns])
         interval = stats.bootstrap(
             (block,),
@@ -141,6 +141,8 @@ def paired_test(
     Raises:
         UserError: the two have different numbers of cases.
     """
+    from scipy import stats
+
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
         raise UserError(
@@ -155,14 +157,9 @@ def paired_test(
     if len(changed) == 1:
         p = 1.0  # two sign patterns, both as extreme as the one seen
     elif len(changed) > _MANY:
-        from scipy import stats
-
-        p = 2 * stats.norm.sf(
-            abs(changed.sum()) / np.sqrt((changed**2).sum())
-        )  # of random signs, the variance is known
+        # The sum of the differences with random signs has the sum of their squares as its variance.
+        p = 2 * stats.norm.sf(abs(changed.sum()) / np.sqrt((changed**2).sum()))
     else:
-        from scipy import stats
-
         p = stats.permutation_test(
             (changed,),
             np.mean,
