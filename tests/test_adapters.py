@@ -174,6 +174,24 @@ def test_the_gradient_of_few_columns_is_a_product_with_few_rows() -> None:
     assert "= f32[8,48]" in compiled and not re.search(r"= f32\[48,8\]\S* dot\(", compiled)
 
 
+def test_the_gradient_of_a_weight_turns_nothing_in_memory() -> None:
+    r = np.random.default_rng(0)
+    x, w, by = (r.normal(size=s).astype(np.float32) for s in ((2, 16, 3, 2, 8), (3, 2, 8, 40), (2, 16, 40)))
+
+    def loss(x: Any, w: Any) -> Any:
+        return jnp.sum(by * product("bskgh,kghd->bsd", P(None, None, None), x, w))
+
+    with jax.set_mesh(one_device()):
+        gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        compiled = gradients.lower(x, w).compile().as_text()
+        ours = gradients(x, w)
+    for a, b in zip(
+        ours, jax.grad(lambda x, w: jnp.sum(by * jnp.einsum("bskgh,kghd->bsd", x, w)), argnums=(0, 1))(x, w)
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+    assert "f32[48,40]" in compiled and not re.search(r" (transpose|copy)\(", compiled)
+
+
 # ------------------------------------------------------------------------------------------------------------- what learns
 
 

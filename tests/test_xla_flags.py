@@ -6,6 +6,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -22,8 +24,9 @@ def start(flags: str, code: str = "import jax; jax.numpy.zeros(1)", **environ: s
     )
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_a_process_starts_with_the_flags(platform: str) -> None:
+@pytest.mark.parametrize("platform", ["gpu", "tpu", "cpu"])
+def test_a_process_starts_with_the_flags(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xla_flags, "_amx", lambda: True)
     environ: dict[str, str] = {}
     assert xla_flags.apply(platform, environ) == environ["XLA_FLAGS"].split()
     done = start(environ["XLA_FLAGS"])
@@ -46,9 +49,17 @@ def test_what_the_user_has_set_stays() -> None:
     assert xla_flags.apply("gpu", environ) == []
 
 
-def test_a_cpu_gets_none() -> None:
+@pytest.mark.parametrize(("flags", "some"), [("fpu sse2 avx512f amx_bf16 amx_tile", True), ("fpu sse2 avx2", False)])
+def test_only_a_cpu_with_amx_gets_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, some: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(xla_flags, "_amx", partial(xla_flags._amx, tmp_path / "cpuinfo"))
     environ: dict[str, str] = {"JAX_PLATFORMS": "cpu"}
-    assert xla_flags.apply(None, environ) == [] and "XLA_FLAGS" not in environ
+    assert len(xla_flags.apply(None, environ)) == len(xla_flags.CPU) * some
+    assert ("XLA_FLAGS" in environ) == some
+
+
+def test_a_machine_that_does_not_say_gets_none(tmp_path: Path) -> None:
+    assert not xla_flags._amx(tmp_path / "absent")
 
 
 @pytest.mark.parametrize(

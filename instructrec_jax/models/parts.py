@@ -228,10 +228,18 @@ def _product_backward(equation: str, out: P, kept: tuple, change: jax.Array) -> 
     x, w = kept
     operands, result = equation.split("->")
     left, right = operands.split(",")
-    by_x = jnp.einsum(f"{result},{right}->{left}", change, w, out_sharding=jax.typeof(x).sharding.spec)
-    spec = jax.typeof(w).sharding.spec
     inputs, column = right[:-1], right[-1]
-    if w.shape[-1] <= _FEW and not set(inputs) & set(result):
+    x_spec, spec = (jax.typeof(side).sharding.spec for side in (x, w))
+    turn = w.shape[-1] <= _FEW and not set(inputs) & set(result)
+    if jax.sharding.get_abstract_mesh().size == 1 and not turn:
+        # Two matrices, of which XLA turns none in memory. Over several devices a merged axis would need its own sharding.
+        rows = math.prod(x.shape[: sum(axis not in right for axis in left)])
+        flat_x, by = (jnp.reshape(side, (rows, -1), out_sharding=P(None, None)) for side in (x, change))
+        flat_w = jnp.reshape(w, (-1, by.shape[1]), out_sharding=P(None, None))
+        by_x, by_w = jnp.einsum("no,io->ni", by, flat_w), jnp.einsum("ni,no->io", flat_x, by)
+        return jnp.reshape(by_x, x.shape, out_sharding=x_spec), jnp.reshape(by_w, w.shape, out_sharding=spec)
+    by_x = jnp.einsum(f"{result},{right}->{left}", change, w, out_sharding=x_spec)
+    if turn:
         turned = jnp.einsum(f"{result},{left}->{column}{inputs}", change, x, out_sharding=P(spec[-1], *spec[:-1]))
         # Without the barrier XLA takes turning the result into the product, which then has few columns again.
         return by_x, jnp.moveaxis(jax.lax.optimization_barrier(turned), 0, -1)

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from instructrec_jax.models.architecture import Architecture
 from instructrec_jax.models.heads import Output, chosen_logits, item_logits, rerank_logits, spaces_of, word_logits
-from instructrec_jax.models.sharding import BATCH, lookup, rows_by_index
+from instructrec_jax.models.sharding import BATCH, RULES, gathered, lookup, rows_by_index
+from instructrec_jax.training.normaliser import log_normaliser
 from instructrec_jax.training.tiles import Scores, table_scores
 
 _NOBODY = -1e30  # the logit of an item that is not a candidate
@@ -48,13 +49,24 @@ def word_loss(
     hidden, target, task = out.hidden, batch["text_target"], batch["task"]
     if chunk >= target.shape[1] and tiles == 1 and learns:
         index = jnp.maximum(target - 1, 0)
-        normaliser = jax.nn.logsumexp(word_logits(hidden, out, arch), axis=-1)
+        normaliser = _word_normaliser(hidden, out, arch)
         return sums_of(normaliser - chosen_logits(hidden, index, out, arch), normaliser, target, task)
     scores = table_scores(
         hidden, target, out.word_head, out.word_bias,
         count=arch.vocab, softcap=arch.final_softcap, tiles=tiles, chunk=chunk, learns=learns,
     )  # fmt: skip
     return sums_of(scores.normaliser - scores.chosen, scores.normaliser, target, task)
+
+
+def _word_normaliser(hidden: Float[Array, "B S D"], out: Output, arch: Architecture) -> Float[Array, "B S"]:
+    """log Σ exp of all words, of every position at once."""
+    if arch.final_softcap:
+        return jax.nn.logsumexp(word_logits(hidden, out, arch), axis=-1)
+    table, shift = gathered(out.word_head, RULES.table_vd), out.word_bias
+    if table.shape[0] > arch.vocab:  # rows that only pad the table have no probability
+        closed = jnp.where(jnp.arange(table.shape[0]) < arch.vocab, 0.0, _NOBODY)
+        shift = closed if shift is None else shift + closed
+    return log_normaliser(hidden, table, shift)
 
 
 def item_loss(

@@ -33,6 +33,7 @@ from sides import Side, Work, alternate, serve
 from steps import matrix_multiply_rate, our_steps, their_steps, whole_rows
 
 from instructrec_jax.host_memory import with_large_pages
+from instructrec_jax.training import xla_flags
 
 KINDS = ("full_step", "lora_step", "packed", "loader")
 ROWS, LENGTH = 8, 256
@@ -127,6 +128,7 @@ def side(name: str, file: str) -> Work:
     """In a side's process: its work."""
     if name == "ours":
         with_large_pages()  # as every command of ours begins
+        xla_flags.apply()
     case = pickle.loads(Path(file).read_bytes())
     folder = Path(case["folder"])
     if name == "ours":
