@@ -292,7 +292,7 @@ def _forward_local(
             total = total * less + jnp.sum(weights, axis=-1)
             if rows:
                 own, weighted = found
-                more = jnp.einsum("ct,td->cd", weights.astype(h.dtype), tile.rows, preferred_element_type=jnp.float32)
+                more = jnp.einsum("ct,td->cd", weights.astype(h.dtype), tile.rows)
                 found = [own + tile.own(wanted), weighted * less[:, None] + more]
             return tuple(map(put, so_far, (higher, total, chosen + tile.chosen(plan, h, wanted), *found)))
 
@@ -345,9 +345,9 @@ def _backward_local(
             if plan.softcap:
                 by_logits = by_logits * (1 - (logits / plan.softcap) ** 2)
             narrow = by_logits.astype(hidden.dtype)
-            by_h = jnp.einsum("ct,td->cd", narrow, tile.rows, preferred_element_type=jnp.float32)
+            by_h = jnp.einsum("ct,td->cd", narrow, tile.rows)
             if by_rows is not None:
-                by_rows = by_rows + jnp.einsum("ct,cd->td", narrow, h, preferred_element_type=jnp.float32)
+                by_rows = by_rows + jnp.einsum("ct,cd->td", narrow, h)
             if by_part is not None:
                 by_part = by_part + jnp.sum(by_logits, axis=0)
             return put(by_hidden, cut(by_hidden) + by_h), by_rows, by_part
